@@ -1,0 +1,214 @@
+"""One client's connection: frames come in and are answered, and nothing that a client does makes another one wait."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tornado.websocket import WebSocketClosedError, WebSocketHandler
+
+from background import spawn
+from protocol.errors import CloseCode, Internal, InvalidMessage, ParseError, RateLimited, Refusal, UnknownAction
+from protocol.message import Message, decode, encode, refusal_message
+from protocol.schema import Schemas
+from services.hub import Outbox, SlowClient
+
+log = logging.getLogger(__name__)
+
+Method = Callable[[Message], Awaitable[Message | None]]
+
+BAD_MESSAGES = 20
+BAD_MESSAGES_SECONDS = 10.0
+LAST_WORDS_SECONDS = 1.0
+"""How long a client that is to be closed for bad messages still gets an answer to each, so that it can tell why."""
+PATIENCE_SECONDS = 20.0
+"""How long an answer waits for room in the outbox of a client that reads nothing."""
+SILENT_PINGS = 2.5
+"""A client of whom nothing, not even a pong, was heard for so many ping intervals is gone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transport:
+    """What all connections share: the contract, the bounds, and the set of those that are open."""
+
+    schemas: Schemas
+    outbox_bytes: int
+    max_requests: int
+    ping_s: float
+    allowed_origins: tuple[str, ...]
+    open_sockets: set[ProtocolSocket] = field(default_factory=set)
+    _left: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def discard(self, socket: ProtocolSocket) -> None:
+        """A connection is over."""
+        self.open_sockets.discard(socket)
+        self._left.set()
+
+    async def deserted(self) -> None:
+        """Returns when no connection is open."""
+        while self.open_sockets:
+            self._left.clear()
+            await self._left.wait()
+
+
+class ProtocolSocket(WebSocketHandler):
+    """The transport of both paths. A subclass gives `actions`: an action's name → the method that answers it.
+
+    A method gets a checked message and gives the data-bearing answer, or None: then a request with an `id` is
+    answered with `ack`. What it raises becomes an `error`.
+    """
+
+    dev = False
+
+    def connect(self, transport: Transport) -> None:
+        """What a subclass's `initialize` calls first."""
+        self.transport = transport
+        self._outbox = Outbox(transport.outbox_bytes)
+        self._bad: deque[float] = deque(maxlen=BAD_MESSAGES)
+        self._under_way = 0
+        self._heard = time.monotonic()
+        self._chores: list[asyncio.Task[None]] = []
+        self._last_words: asyncio.TimerHandle | None = None
+
+    @property
+    def actions(self) -> Mapping[str, Method]:
+        """What this path answers."""
+        raise NotImplementedError
+
+    def left(self) -> None:
+        """The client is gone: ends what was under way for it."""
+
+    # Tornado's events
+
+    def check_origin(self, origin: str) -> bool:
+        """Asked for pages of another origin than the server's own."""
+        allowed = self.transport.allowed_origins
+        if "*" in allowed or origin in allowed:
+            return True
+        log.warning("refused a page of %s; to allow it, start with --allowed-origins %s", ascii(origin), ascii(origin))
+        return False
+
+    def open(self, *args: str, **kwargs: str) -> None:
+        """A client has connected."""
+        self.set_nodelay(True)
+        self.transport.open_sockets.add(self)
+        self._chores = [spawn(self._send(), name="send"), spawn(self._beat(), name="heartbeat")]
+
+    async def on_message(self, frame: str | bytes) -> None:
+        """Checks a frame and has it answered; Tornado reads the next one, pongs too, only when this returns."""
+        self._heard = time.monotonic()
+        message: Message | None = None
+        try:
+            if isinstance(frame, bytes):
+                raise ParseError("a binary frame is no message; send JSON as a text frame")
+            message = decode(frame)
+            self.transport.schemas.check(message, dev=self.dev)
+            self._begin(message)
+        except Refusal as refusal:
+            self._refuse(refusal, message)
+        await asyncio.sleep(0)  # frames that are here already must not keep the other connections waiting
+
+    def on_pong(self, data: bytes) -> None:
+        """The client lives."""
+        self._heard = time.monotonic()
+
+    def on_close(self) -> None:
+        """The connection is over, whoever ended it."""
+        self.transport.discard(self)
+        for chore in self._chores:
+            chore.cancel()
+        if self._last_words is not None:
+            self._last_words.cancel()
+        self.left()
+
+    # Sending
+
+    def tell(self, text: str, key: Hashable = None) -> None:
+        """Puts an encoded message into the outbox; a client that lets it fill is closed."""
+        try:
+            self._outbox.put(text, key)
+        except SlowClient as slow:
+            self._give_up(slow)
+
+    def close_with(self, code: CloseCode) -> None:
+        """Closes the connection and says why."""
+        self.close(code.value, code.meaning)
+
+    async def _send(self) -> None:
+        """The one sender of this connection: each text is on its way before the next one is taken."""
+        while True:
+            text = await self._outbox.take()
+            try:
+                await self.write_message(text)
+            except WebSocketClosedError:
+                return
+
+    async def _beat(self) -> None:
+        """Pings, and closes when nothing comes back."""
+        ping_s = self.transport.ping_s
+        while True:
+            await asyncio.sleep(ping_s)
+            if time.monotonic() - self._heard > SILENT_PINGS * ping_s:
+                return self.close_with(CloseCode.SILENT)
+            try:
+                self.ping()
+            except WebSocketClosedError:
+                return
+
+    def _give_up(self, slow: SlowClient) -> None:
+        log.warning("closed a slow client: %s (--outbox-bytes)", slow)
+        self.close_with(CloseCode.OVERLOAD)
+
+    # Answering
+
+    def _begin(self, message: Message) -> None:
+        limit = self.transport.max_requests
+        if self._under_way >= limit:
+            raise RateLimited(
+                f"{self._under_way} requests of this connection are under way; the limit is {limit} (--max-requests)",
+                limit=limit, retryAfterMs=1000,
+            )  # fmt: skip
+        self._under_way += 1
+        spawn(self._answer(message), name=f"answer {message.action}")
+
+    async def _answer(self, message: Message) -> None:
+        try:
+            answer = await self.actions[message.action](message)
+            if answer is None and message.id is not None:
+                answer = Message("ack", id=message.id)
+            if answer is not None:
+                await self._outbox.put_when_room(encode(answer), PATIENCE_SECONDS)
+        except Refusal as refusal:
+            self._refuse(refusal, message)
+        except SlowClient as slow:
+            self._give_up(slow)
+        except Exception as fault:
+            log.exception("%s failed", message.action)
+            self._refuse(Internal("the server failed; its log has more", **self.confession(fault)), message)
+        finally:
+            self._under_way -= 1
+
+    def _refuse(self, refusal: Refusal, message: Message | None) -> None:
+        self.tell(encode(refusal_message(refusal, message, **self.explain(refusal, message))))
+        if isinstance(refusal, ParseError | InvalidMessage | UnknownAction):
+            self._count_bad()
+
+    def explain(self, refusal: Refusal, message: Message | None) -> dict[str, Any]:
+        """More details for an error; none here."""
+        return {}
+
+    def confession(self, fault: Exception) -> dict[str, Any]:
+        """What a client may see of a fault of ours: nothing here."""
+        return {}
+
+    def _count_bad(self) -> None:
+        now = time.monotonic()
+        self._bad.append(now)
+        if len(self._bad) == BAD_MESSAGES and now - self._bad[0] <= BAD_MESSAGES_SECONDS and self._last_words is None:
+            loop = asyncio.get_running_loop()
+            self._last_words = loop.call_later(LAST_WORDS_SECONDS, self.close_with, CloseCode.BAD_MESSAGES)

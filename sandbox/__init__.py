@@ -1,0 +1,1 @@
+"""Runs foreign code in isolation. Usable alone: `python -m sandbox program.py`."""

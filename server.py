@@ -1,0 +1,183 @@
+"""Runboard's composition root: settings → engine → services → handlers → listening. `python server.py --help`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from tornado.httpserver import HTTPServer
+from tornado.netutil import bind_sockets
+from tornado.web import Application
+
+from config import BadSetting, Settings, flag, read_settings
+from handlers.app import AppSocket
+from handlers.base import Transport
+from handlers.dev import DevSocket
+from handlers.http import HealthHandler, SchemaHandler, StartHandler
+from protocol.errors import CloseCode
+from protocol.schema import Schemas
+from sandbox.engine import Engine, EngineUnavailable
+from sandbox.model import Limits
+from sandbox.nsjail import NsjailEngine
+from sandbox.subproc import SubprocessEngine
+from services.jobs import Terms
+from services.runs import Runs
+
+log = logging.getLogger("runboard")
+FAREWELL_SECONDS = 2.0
+"""How long clients have to answer the close of their connection before it is cut."""
+
+
+class CannotServe(Exception):
+    """The server cannot start; the text is one sentence that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that takes connections."""
+
+    address: str
+    port: int
+    engine: str
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Running]:
+    """The whole server, for as long as the block lasts.
+
+    Raises:
+        CannotServe: the engine or the address cannot be had.
+    """
+    async with AsyncExitStack() as parts:
+        schemas = Schemas()
+        engine = await _open_engine(settings)
+        parts.push_async_callback(engine.close)
+        runs = Runs(engine, settings.max_runs, settings.queue_size)
+        terms = _terms(settings)
+        transport = Transport(
+            schemas, settings.outbox_bytes, settings.max_requests, settings.ping_s, settings.allowed_origins
+        )
+        parts.push_async_callback(_say_farewell, transport)
+        parts.push_async_callback(runs.close, settings.drain_s)
+
+        def health() -> Mapping[str, object]:
+            status = "stopping" if runs.closed else "ok"
+            return {"status": status, "engine": engine.name, "connections": len(transport.open_sockets), **runs.counts}
+
+        shared = {"transport": transport, "runs": runs, "terms": terms}
+        application = Application(
+            [
+                (r"/appws", AppSocket, shared),
+                (r"/devws", DevSocket, {**shared, "is_open": settings.dev or is_loopback(settings.address)}),
+                (r"/healthz", HealthHandler, {"health": health}),
+                (r"/schemas/(.*)", SchemaHandler, {"documents": schemas.documents()}),
+                (r"/", StartHandler),
+            ],
+            websocket_max_message_size=settings.max_message_bytes,
+        )
+        listener, port = _listen(application, settings)
+        parts.callback(listener.stop)
+        for warning in engine.warnings():
+            log.warning("not enforced here: %s", warning)
+        yield Running(settings.address, port, engine.name)
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches `address`."""
+    try:
+        return ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return address == "localhost"
+
+
+async def _open_engine(settings: Settings) -> Engine:
+    makers: dict[str, Callable[[], Engine]] = {
+        "nsjail": lambda: NsjailEngine(settings.python, settings.node),
+        "subprocess": lambda: SubprocessEngine(settings.python, settings.node),
+    }
+    names = list(makers) if settings.engine == "auto" else [settings.engine]
+    reasons = []
+    for name in names:
+        if name == "subprocess" and not (is_loopback(settings.address) or settings.allow_unsafe):
+            reasons.append(
+                f"the subprocess engine does not contain programs, so it may serve {settings.address}, which other"
+                " machines reach, only with --allow-unsafe"
+            )
+            continue
+        engine = makers[name]()
+        try:
+            await engine.open()
+        except EngineUnavailable as missing:
+            reasons.append(f"the {name} engine cannot run here: {missing}")
+        else:
+            for reason in reasons:
+                log.warning("%s", reason)
+            return engine
+    raise CannotServe("; ".join(reasons))
+
+
+def _terms(settings: Settings) -> Terms:
+    defaults = Limits(
+        settings.wall_ms, settings.cpu_ms, settings.memory_bytes, settings.output_bytes, settings.processes,
+        settings.tmp_bytes, settings.open_files,
+    )  # fmt: skip
+    maxima = Limits(
+        settings.max_wall_ms, settings.max_cpu_ms, settings.max_memory_bytes, settings.max_output_bytes,
+        settings.max_processes,
+    )  # fmt: skip
+    return Terms(defaults, maxima)
+
+
+def _listen(application: Application, settings: Settings) -> tuple[HTTPServer, int]:
+    server = HTTPServer(application)
+    try:
+        sockets = bind_sockets(settings.port, settings.address)
+    except OSError as failure:
+        place = f"{settings.address}:{settings.port}"
+        raise CannotServe(
+            f"cannot listen on {place}: {failure.strerror} ({flag('address')}, {flag('port')})"
+        ) from failure
+    server.add_sockets(sockets)
+    return server, int(sockets[0].getsockname()[1])
+
+
+async def _say_farewell(transport: Transport) -> None:
+    """Closes every connection as a restart does; Tornado itself would leave them open."""
+    for socket in list(transport.open_sockets):
+        socket.close_with(CloseCode.RESTART)
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(transport.deserted(), FAREWELL_SECONDS)
+
+
+async def _serve(settings: Settings) -> None:
+    stop = asyncio.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(name, stop.set)
+    async with running(settings) as server:
+        log.info("listening on http://%s:%d, engine %s", server.address, server.port, server.engine)
+        await stop.wait()
+        log.info("stopping")
+
+
+def main(argv: list[str]) -> int:
+    """Runs the server until SIGTERM or SIGINT; gives the exit code, 2 when it cannot start."""
+    try:
+        settings = read_settings(argv, os.environ)
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        asyncio.run(_serve(settings))
+    except (BadSetting, CannotServe) as failure:
+        print(f"server.py: {failure}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

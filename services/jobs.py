@@ -1,0 +1,98 @@
+"""Turns the data of `runCode` into a Job, and an Outcome into the data of `output`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from protocol.errors import ClusterUnavailable, InvalidMessage, PayloadTooLarge
+from sandbox.model import Job, Limits, Outcome
+
+MAX_CODE_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What a client gets if it asks for nothing, and the most that it may ask for."""
+
+    defaults: Limits
+    maxima: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """One limit: its field in Limits, its unit, and the setting that changes its maximum."""
+
+    field: str
+    unit: str
+    setting: str
+
+
+TERMS = {
+    "timeMs": _Term("wall_ms", "ms", "--max-wall-ms"),
+    "cpuMs": _Term("cpu_ms", "ms", "--max-cpu-ms"),
+    "memoryBytes": _Term("memory_bytes", "bytes", "--max-memory-bytes"),
+    "outputBytes": _Term("output_bytes", "bytes", "--max-output-bytes"),
+    "processes": _Term("processes", "processes", "--max-processes"),
+}
+NOT_YET = ("stream", "interactive", "files", "returnFiles")
+
+
+def job_of(data: dict[str, Any], terms: Terms) -> Job:
+    """The Job that a checked `runCode` asks for.
+
+    Raises:
+        PayloadTooLarge: more code than 256 KiB.
+        InvalidMessage: a limit above the server's maximum.
+        ClusterUnavailable: `mode: cluster`, and there is none.
+    """
+    size = len(data["code"].encode("utf-8", "surrogatepass"))
+    if size > MAX_CODE_BYTES:
+        raise PayloadTooLarge(
+            f"data.code has {size} bytes, and the limit is {MAX_CODE_BYTES} bytes (fixed by the protocol)",
+            path="/data/code", limit=MAX_CODE_BYTES,
+        )  # fmt: skip
+    for name in NOT_YET:
+        if data.get(name):
+            raise InvalidMessage(f"data.{name} is not offered by this server yet", path=f"/data/{name}")
+    if data["mode"] == "cluster":
+        raise ClusterUnavailable("this server has no cluster; use mode standalone", path="/data/mode")
+    return Job(
+        language=data["language"],
+        code=data["code"],
+        stdin=data.get("stdin", ""),
+        args=tuple(data.get("args", ())),
+        limits=_limits(data.get("limits", {}), terms),
+    )
+
+
+def _limits(asked: dict[str, int | float], terms: Terms) -> Limits:
+    limits = terms.defaults
+    for name, value in asked.items():
+        term = TERMS[name]
+        most = getattr(terms.maxima, term.field)
+        if value > most:
+            raise InvalidMessage(
+                f"data.limits.{name} must be at most {most} {term.unit}, not {value:g}; {term.setting} changes that",
+                path=f"/data/limits/{name}", limit=most,
+            )  # fmt: skip
+        limits = replace(limits, **{term.field: int(value)})
+    return limits
+
+
+def output_of(outcome: Outcome, queue_ms: float) -> dict[str, Any]:
+    """The data of the `output` message."""
+    facts = outcome.facts
+    return {
+        "output": outcome.stdout,
+        "error": outcome.error,
+        "executionTime": round(facts.usage.wall_ms, 3),
+        "memoryUsed": facts.usage.memory_bytes,
+        "status": outcome.status.value,
+        "stderr": outcome.stderr,
+        "exitCode": facts.exit_code,
+        "signal": facts.signal,
+        "cpuTime": round(facts.usage.cpu_ms, 3),
+        "truncated": list(facts.output_cut),
+        "queueTime": round(queue_ms, 3),
+    }

@@ -1,0 +1,72 @@
+"""What all tests share: one unit of time, engines, a real server, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sandbox.cgroup_root import PREFIX
+from sandbox.engine import Engine
+from sandbox.nsjail import NsjailEngine
+from sandbox.subproc import SubprocessEngine
+
+SECOND = float(os.environ.get("RUNBOARD_TEST_SECOND", "1"))
+"""Every wait of a test is a multiple of this; on a slow machine set RUNBOARD_TEST_SECOND=5."""
+
+ENGINES: dict[str, Callable[[], Engine]] = {"nsjail": NsjailEngine, "subprocess": SubprocessEngine}
+
+
+async def until(happened: Callable[[], object], seconds: float = 10.0) -> None:
+    """Waits for something that must happen within `seconds` scaled seconds."""
+    end = time.monotonic() + seconds * SECOND
+    while not happened():
+        assert time.monotonic() < end, f"did not happen within {seconds} s"
+        await asyncio.sleep(0.005)
+
+
+def within(work: Awaitable[object], seconds: float = 20.0) -> Awaitable[object]:
+    """`work`, which must be over within so many scaled seconds."""
+    return asyncio.wait_for(work, seconds * SECOND)
+
+
+@asynccontextmanager
+async def opened(name: str) -> AsyncIterator[Engine]:
+    """An engine that is ready."""
+    engine = ENGINES[name]()
+    await engine.open()
+    try:
+        yield engine
+    finally:
+        await engine.close()
+
+
+def leaves() -> set[Path]:
+    """All control groups of any run of any Runboard."""
+    return {path for path in Path("/sys/fs/cgroup").rglob(f"{PREFIX}{os.getpid()}*") if path.is_dir()}
+
+
+def descriptors() -> int:
+    """How many this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """After each test there is no process, descriptor or control group that was not there before."""
+    gc.collect()
+    before, groups = descriptors(), leaves()
+    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    yield
+    gc.collect()
+    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
+    assert not left, f"processes left: {left}"
+    assert leaves() <= groups
+    assert descriptors() <= before, os.listdir("/proc/self/fd")
