@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import os
 import resource
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-
-import psutil
 
 from sandbox.engine import EngineUnavailable
 from sandbox.interpreters import Interpreter, find_node, find_python
+from sandbox.jail import end_with_server
 from sandbox.languages import LANGUAGES, command, environment
 from sandbox.model import Channel, Job, Language, Limits, Outcome
 from sandbox.nsjail import RUNTIME
 from sandbox.process import Pipes, Watch
+from sandbox.sampled import ProcessTree
 from sandbox.signals import signal_name
-
-SAMPLE_SECONDS = 0.01
-PR_SET_PDEATHSIG = 1
 
 
 class SubprocessEngine:
@@ -74,7 +66,8 @@ class SubprocessEngine:
             env=environment(job.language, home=str(folder), scratch=str(folder / "tmp")),
             preexec_fn=lambda: _limit_self(job.limits),
         )  # fmt: skip
-        tree = ProcessTree(process.pid, job.limits)
+        tree = ProcessTree(job.limits)
+        tree.add(process.pid)
         try:
             watch = Watch(job, channel, tree, _take_pipes(process))
             watch.started(time.monotonic())
@@ -110,89 +103,6 @@ class _Exit:
             self._watch.ended(time.monotonic(), signal=signal_name(end.si_status))
 
 
-class ProcessTree:
-    """A child and all that comes of it, followed with psutil: by parenthood, and by session for what was orphaned."""
-
-    def __init__(self, pid: int, limits: Limits) -> None:
-        self._root = psutil.Process(pid)
-        self._limits = limits
-        self._known: dict[int, psutil.Process] = {pid: self._root}
-        self._cpu_s: dict[int, float] = {}
-        self._peak = 0
-        self._over = 0
-        self._sampler: asyncio.TimerHandle | None = None
-        self._on_oom: Callable[[], None] = lambda: None
-
-    def watch_oom(self, on_oom: Callable[[], None]) -> None:
-        """Samples memory from now on and calls `on_oom` when it is over the limit."""
-        self._on_oom = on_oom
-        self._sample()
-
-    def cpu_ms(self) -> float:
-        """CPU time of every process that was seen."""
-        self._look()
-        return sum(self._cpu_s.values()) * 1000
-
-    def peak_bytes(self) -> int:
-        """The most resident memory that was seen at once."""
-        return self._peak
-
-    def oom_kills(self) -> int:
-        """1 when the run was over its memory."""
-        return self._over
-
-    def refused_forks(self) -> int:
-        """Not known here: the limit is the user's, not the run's."""
-        return 0
-
-    def kill(self) -> None:
-        """Ends the tree, again until nothing new turns up."""
-        while living := self._look():
-            for process in living:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.kill()
-            psutil.wait_procs([process for process in living if process != self._root], timeout=0.05)
-            if all(process == self._root for process in living):
-                break
-
-    async def remove(self) -> None:
-        """Ends the tree and stops sampling."""
-        if self._sampler is not None:
-            self._sampler.cancel()
-        self.kill()
-
-    def _sample(self) -> None:
-        used = 0
-        for process in self._look():
-            with contextlib.suppress(psutil.Error):
-                used += process.memory_info().rss
-        self._peak = max(self._peak, used)
-        if used > self._limits.memory_bytes:
-            self._over = 1
-            self._on_oom()
-            return
-        self._sampler = asyncio.get_running_loop().call_later(SAMPLE_SECONDS, self._sample)
-
-    def _look(self) -> list[psutil.Process]:
-        """The living processes of the tree."""
-        for process in list(self._known.values()):
-            with contextlib.suppress(psutil.Error):
-                self._known.update({child.pid: child for child in process.children(recursive=True)})
-        for process in psutil.process_iter():  # those whose parent has gone, but whose session is a known one
-            if process.pid not in self._known:
-                with contextlib.suppress(OSError):
-                    if os.getsid(process.pid) in self._known:
-                        self._known[process.pid] = process
-        living = []
-        for process in self._known.values():
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                self._cpu_s[process.pid] = times.user + times.system
-                if process.status() != psutil.STATUS_ZOMBIE:
-                    living.append(process)
-        return living
-
-
 def _limit_self(limits: Limits) -> None:
     """In the child, before the interpreter: a session of its own, limits, and an end with the server's."""
     os.setsid()
@@ -201,8 +111,7 @@ def _limit_self(limits: Limits) -> None:
     cpu_s = limits.cpu_ms // 1000 + 1
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, cpu_s + 1))
     resource.setrlimit(resource.RLIMIT_FSIZE, (limits.tmp_bytes, limits.tmp_bytes))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    end_with_server()
 
 
 def _take_pipes(process: subprocess.Popen[bytes]) -> Pipes:

@@ -84,7 +84,8 @@ def output_of(outcome: Outcome, queue_ms: float) -> dict[str, Any]:
     """The data of the `output` message."""
     facts = outcome.facts
     return {
-        "output": outcome.stdout,
+        # A client of the seed alone has no other field in which it would see what a good program wrote to stderr.
+        "output": outcome.stdout + outcome.stderr if outcome.error is None else outcome.stdout,
         "error": outcome.error,
         "executionTime": round(facts.usage.wall_ms, 3),
         "memoryUsed": facts.usage.memory_bytes,

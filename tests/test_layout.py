@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 OUTSIDE = {
     "protocol/schema.py": {"jsonschema", "referencing"},
-    "sandbox/subproc.py": {"psutil"},
+    "sandbox/sampled.py": {"psutil"},
     "handlers": {"tornado"},
     "server.py": {"tornado"},
 }

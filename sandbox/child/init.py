@@ -12,13 +12,15 @@ import os
 import sys
 import time
 
-PR_SET_DUMPABLE = 4
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
+SIGKILL = 9
 
 
 def main() -> None:
     job_fd, report_fd = int(sys.argv[1]), int(sys.argv[2])
     prctl = _ctypes.dlsym(_ctypes.dlopen(None, os.RTLD_NOW), "prctl")  # type: ignore[arg-type]
     _ctypes.call_function(prctl, (PR_SET_DUMPABLE, 0, 0, 0, 0))
+    _ctypes.call_function(prctl, (PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))  # when nsjail is gone, so is the jail
     with open(job_fd, "rb") as file:
         job = marshal.load(file)  # noqa: S302 -- the server wrote it
     for name, content in job["files"].items():
