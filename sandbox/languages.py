@@ -30,7 +30,9 @@ LANGUAGES: dict[Language, LanguageSpec] = {
         # Unbuffered: what a program printed before a limit ended it must not be lost in its buffer.
         environment={"PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONIOENCODING": "utf-8"},
     ),
-    "javascript": LanguageSpec(file_name="main.js", environment={"NODE_NO_WARNINGS": "0"}),
+    "javascript": LanguageSpec(
+        file_name="main.js",
+    ),
 }
 
 

@@ -161,7 +161,7 @@ class NsjailEngine:
     def _process_limit(self, limits: Limits) -> str:
         """The control group counts processes; where there is none, the jail's own user id does."""
         if self._no_cgroups:
-            return f"rlimit_nproc_type: VALUE rlimit_nproc: {limits.processes + OWN_PROCESSES}"
+            return f"rlimit_nproc_type: VALUE rlimit_nproc: {limits.processes + 1}"  # and init
         return "rlimit_nproc_type: HARD"
 
     def _links(self) -> list[tuple[Language, str]]:

@@ -265,9 +265,7 @@ try:
         made += 1
 except OSError:
     pass
-print(made)
-raise SystemExit(1 if made < 64 else 0)
+print("kept" if made < 64 else f"{made} processes made")
 """,
-        Status.PROCESS_LIMIT,
     ),
 )  # fmt: skip

@@ -73,7 +73,7 @@ def _limits(asked: dict[str, int | float], terms: Terms) -> Limits:
         most = getattr(terms.maxima, term.field)
         if value > most:
             raise InvalidMessage(
-                f"data.limits.{name} must be at most {most} {term.unit}, not {value:g}; {term.setting} changes that",
+                f"data.limits.{name} must be at most {most} {term.unit}, not {value}; {term.setting} changes that",
                 path=f"/data/limits/{name}", limit=most,
             )  # fmt: skip
         limits = replace(limits, **{term.field: int(value)})

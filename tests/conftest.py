@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tornado.ioloop import IOLoop
 
 from sandbox.cgroup_root import PREFIX
 from sandbox.engine import Engine
@@ -48,6 +49,10 @@ async def opened(name: str) -> AsyncIterator[Engine]:
         await engine.close()
 
 
+GEN_TEST = pytest.mark.gen_test(timeout=120 * SECOND)
+"""For tests on a Tornado loop: `pytestmark = GEN_TEST`."""
+
+
 def leaves() -> set[Path]:
     """All control groups of any run of any Runboard."""
     return {path for path in Path("/sys/fs/cgroup").rglob(f"{PREFIX}{os.getpid()}*") if path.is_dir()}
@@ -70,3 +75,14 @@ def nothing_left_behind() -> Iterator[None]:
     assert not left, f"processes left: {left}"
     assert leaves() <= groups
     assert descriptors() <= before, os.listdir("/proc/self/fd")
+
+
+@pytest.fixture
+def io_loop(nothing_left_behind: None) -> Iterator[IOLoop]:
+    """pytest-tornado's fixture, made without what Tornado has deprecated."""
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    yield IOLoop.current()
+    loop.run_until_complete(loop.shutdown_default_executor())
+    asyncio.set_event_loop(None)
+    loop.close()
