@@ -37,11 +37,20 @@ class Settings:
         "origins whose pages may connect to /appws beside the server's own, separated by commas; * for all",
     )
     data_dir: Path = _setting(Path("data"), "Server", "folder for what the server keeps")
+    store: str = _setting(
+        "sqlite", "Server", "where scores are kept: sqlite (in --data-dir), or the redis://… that several servers share"
+    )
+    processes: int = _setting(1, "Server", "server processes on the one port; more than one need Redis", least=1)
     log_level: str = _setting("info", "Server", "how much to log", choices=("debug", "info", "warning", "error"))
     max_message_bytes: int = _setting(MIB, "Connections", "largest message of a client, in bytes", least=1024)
     outbox_bytes: int = _setting(MIB, "Connections", "most that may wait for a slow client, in bytes", least=1024)
     max_requests: int = _setting(2000, "Connections", "requests of one connection that may be under way", least=1)
     ping_s: float = _setting(20.0, "Connections", "seconds between two pings to a client", least=0.05)
+    tasks_at_once: int = _setting(8, "Tasks", "tasks of one connection that may be at work at once", least=1)
+    task_modules: tuple[str, ...] = _setting(
+        (), "Tasks", "Python modules with task actions of your own, separated by commas"
+    )
+    max_players: int = _setting(100_000, "Games", "players in one room", least=1)
     engine: str = _setting("auto", "Runs", "how programs are run", choices=("auto", "nsjail", "subprocess"))
     allow_unsafe: bool = _setting(False, "Runs", "let the subprocess engine serve other machines, unprotected")
     python: Path | None = _setting(None, "Runs", "the python that programs run on; found by itself if not given")
@@ -53,14 +62,14 @@ class Settings:
     cpu_ms: int = _setting(10_000, "Limits", "CPU time of a program, in milliseconds", least=1)
     memory_bytes: int = _setting(256 * MIB, "Limits", "memory of a program, in bytes", least=16 * MIB)
     output_bytes: int = _setting(MIB, "Limits", "what a program may write to each stream, in bytes", least=1)
-    processes: int = _setting(64, "Limits", "processes and threads of a program", least=1)
+    run_processes: int = _setting(64, "Limits", "processes and threads of a program", least=1)
     tmp_bytes: int = _setting(64 * MIB, "Limits", "what each scratch folder of a program holds, in bytes", least=MIB)
     open_files: int = _setting(256, "Limits", "files that a process of a program may have open", least=16)
     max_wall_ms: int = _setting(60_000, "Maxima", "most wall time that a client may ask for, in milliseconds", least=1)
     max_cpu_ms: int = _setting(60_000, "Maxima", "most CPU time that a client may ask for, in milliseconds", least=1)
     max_memory_bytes: int = _setting(1024 * MIB, "Maxima", "most memory that a client may ask for, in bytes", least=1)
     max_output_bytes: int = _setting(8 * MIB, "Maxima", "most output that a client may ask for, in bytes", least=1)
-    max_processes: int = _setting(256, "Maxima", "most processes that a client may ask for", least=1)
+    max_run_processes: int = _setting(256, "Maxima", "most processes that a client may ask for", least=1)
 
 
 FIELDS: Final = dataclasses.fields(Settings)
@@ -79,7 +88,7 @@ def read_settings(argv: Sequence[str], environment: Mapping[str, str]) -> Settin
     values = _from_file(Path(file)) if file else {}
     values |= _from_environment(environment)
     values |= {name: _parsed(name, text, flag(name)) for name, text in options.items()}
-    for limit in ("wall_ms", "cpu_ms", "memory_bytes", "output_bytes", "processes"):
+    for limit in ("wall_ms", "cpu_ms", "memory_bytes", "output_bytes", "run_processes"):
         settings = Settings(**values)
         if getattr(settings, limit) > getattr(settings, f"max_{limit}"):
             raise BadSetting(

@@ -18,7 +18,7 @@ from tornado.netutil import bind_sockets
 from tornado.web import Application
 
 from config import BadSetting, Settings, flag, read_settings
-from handlers.app import AppSocket
+from handlers.app import AppServices, AppSocket
 from handlers.base import Transport
 from handlers.dev import DevSocket
 from handlers.http import HealthHandler, SchemaHandler, StartHandler
@@ -28,8 +28,17 @@ from sandbox.engine import Engine, EngineUnavailable
 from sandbox.model import Limits
 from sandbox.nsjail import NsjailEngine
 from sandbox.subproc import SubprocessEngine
+from services.actions.grade_code import grade_code_action
+from services.actions.run_code import run_code_action
+from services.actions.sleep import sleep_action
+from services.hub import Hub
 from services.jobs import Terms
+from services.leaderboard import Leaderboard
 from services.runs import Runs
+from services.store import Store, StoreUnavailable
+from services.store_sqlite import SqliteStore
+from services.task_action import BadTaskModule, TaskAction, load_actions
+from services.tasks import Tasks
 
 log = logging.getLogger("runboard")
 FAREWELL_SECONDS = 2.0
@@ -65,18 +74,28 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
         transport = Transport(
             schemas, settings.outbox_bytes, settings.max_requests, settings.ping_s, settings.allowed_origins
         )
-        parts.push_async_callback(_say_farewell, transport)
-        parts.push_async_callback(runs.close, settings.drain_s)
 
         def health() -> Mapping[str, object]:
             status = "stopping" if runs.closed else "ok"
             return {"status": status, "engine": engine.name, "connections": len(transport.open_sockets), **runs.counts}
 
-        shared = {"transport": transport, "runs": runs, "terms": terms}
+        store = _store(settings)
+        leaderboard = Leaderboard(store, hub := Hub(), settings.max_players)
+        try:
+            await store.open(leaderboard.changed)
+        except StoreUnavailable as failure:
+            raise CannotServe(str(failure)) from failure
+        parts.push_async_callback(store.close)
+        tasks = Tasks(_task_actions(settings, schemas, runs, terms), store, settings.tasks_at_once)
+        parts.push_async_callback(_say_farewell, transport)
+        parts.push_async_callback(runs.close, settings.drain_s)
+        services = AppServices(runs, terms, tasks, leaderboard, hub)
+
+        is_open = settings.dev or is_loopback(settings.address)
         application = Application(
             [
-                (r"/appws", AppSocket, shared),
-                (r"/devws", DevSocket, {**shared, "is_open": settings.dev or is_loopback(settings.address)}),
+                (r"/appws", AppSocket, {"transport": transport, "services": services}),
+                (r"/devws", DevSocket, {"transport": transport, "services": services, "is_open": is_open}),
                 (r"/healthz", HealthHandler, {"health": health}),
                 (r"/schemas/(.*)", SchemaHandler, {"documents": schemas.documents()}),
                 (r"/", StartHandler),
@@ -124,14 +143,34 @@ async def _open_engine(settings: Settings) -> Engine:
     raise CannotServe("; ".join(reasons))
 
 
+def _store(settings: Settings) -> Store:
+    if settings.store == "sqlite":
+        return SqliteStore(settings.data_dir, settings.max_players)
+    raise CannotServe(f"there is no store {settings.store!r}; --store is sqlite")
+
+
+def _task_actions(settings: Settings, schemas: Schemas, runs: Runs, terms: Terms) -> dict[str, TaskAction]:
+    try:
+        added = load_actions(settings.task_modules)
+    except BadTaskModule as failure:
+        raise CannotServe(str(failure)) from failure
+    actions = [
+        run_code_action(schemas, runs, terms),
+        grade_code_action(schemas, runs, terms, settings.tasks_at_once),
+        sleep_action(schemas),
+        *added,
+    ]
+    return {action.name: action for action in actions}
+
+
 def _terms(settings: Settings) -> Terms:
     defaults = Limits(
-        settings.wall_ms, settings.cpu_ms, settings.memory_bytes, settings.output_bytes, settings.processes,
+        settings.wall_ms, settings.cpu_ms, settings.memory_bytes, settings.output_bytes, settings.run_processes,
         settings.tmp_bytes, settings.open_files,
     )  # fmt: skip
     maxima = Limits(
         settings.max_wall_ms, settings.max_cpu_ms, settings.max_memory_bytes, settings.max_output_bytes,
-        settings.max_processes,
+        settings.max_run_processes,
     )  # fmt: skip
     return Terms(defaults, maxima)
 

@@ -2,23 +2,55 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
-from handlers.base import Method, ProtocolSocket, Transport
-from protocol.errors import UnknownAction
-from protocol.message import Message
+from background import spawn
+from handlers.base import Method, ProtocolSocket, Transport, ack
+from protocol.errors import CloseCode, InvalidMessage, Overloaded, UnknownAction
+from protocol.frame import text_frame
+from protocol.message import Message, clip, encode
+from services.hub import Hub
 from services.jobs import Terms, job_of, output_of
+from services.leaderboard import Leaderboard
 from services.runs import Runs
+from services.store import StoreUnavailable
+from services.tasks import Tasks, Update
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+DEFAULT_ROOM = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class AppServices:
+    """What the product does, for both paths."""
+
+    runs: Runs
+    terms: Terms
+    tasks: Tasks
+    leaderboard: Leaderboard
+    hub: Hub
 
 
 class AppSocket(ProtocolSocket):
     """Runs, tasks and games."""
 
-    def initialize(self, transport: Transport, runs: Runs, terms: Terms) -> None:
+    games = "app"
+    """Rooms of this path; what is played on the other one is apart."""
+
+    def initialize(self, transport: Transport, services: AppServices) -> None:
         """Tornado's constructor."""
         self.connect(transport)
-        self._runs = runs
-        self._terms = terms
+        self._runs = services.runs
+        self._terms = services.terms
+        self._leaderboard = services.leaderboard
+        self._hub = services.hub
+        room, session = self.get_query_argument("room", DEFAULT_ROOM), self.get_query_argument("session", None)
+        self._bad_name = next((name for name in (room, session) if name is not None and not NAME.fullmatch(name)), None)
+        self._room = f"{self.games}/{room}"
+        self._tasks = services.tasks.of(self, session and f"{self.games}/{session}", self)
 
     @property
     def actions(self) -> Mapping[str, Method]:
@@ -27,17 +59,31 @@ class AppSocket(ProtocolSocket):
             "runCode": self.run_code,
             "cancelRun": self.cancel_run,
             "sendInput": self.not_yet,
-            "startTasks": self.not_yet,
-            "cancelTasks": self.not_yet,
-            "getTasks": self.not_yet,
-            "startGame": self.not_yet,
-            "updateScore": self.not_yet,
-            "getLeaderboard": self.not_yet,
+            "startTasks": self.start_tasks,
+            "cancelTasks": self.cancel_tasks,
+            "getTasks": self.get_tasks,
+            "startGame": self.start_game,
+            "updateScore": self.update_score,
+            "getLeaderboard": self.get_leaderboard,
         }
 
+    def open(self, *args: str, **kwargs: str) -> None:
+        """Enters the room. A page cannot read why an address is refused, so a bad one is told over the socket."""
+        super().open(*args, **kwargs)
+        if self._bad_name is None:
+            self._hub.join(self._room, self)
+        else:
+            said = f"room and session in the address must match {NAME.pattern}, not {clip(self._bad_name)}"
+            self.refuse(InvalidMessage(said), None)
+            self.close_with(CloseCode.BAD_MESSAGES)
+
     def left(self) -> None:
-        """Ends this connection's runs."""
+        """Ends this connection's runs and tasks."""
+        self._hub.leave(self._room, self)
         self._runs.leave(self)
+        spawn(self._tasks.leave(), name="leave tasks")
+
+    # Runs
 
     async def run_code(self, message: Message) -> Message:
         """Runs a program."""
@@ -45,10 +91,61 @@ class AppSocket(ProtocolSocket):
         outcome, queue_ms = await self._runs.run(job, owner=self, name=message.id)
         return Message("output", output_of(outcome, queue_ms), id=message.id)
 
-    async def cancel_run(self, message: Message) -> None:
+    async def cancel_run(self, message: Message) -> Message | None:
         """Ends a run of this connection."""
         self._runs.cancel(self, message.data["run"])
+        return ack(message)
 
     async def not_yet(self, message: Message) -> Message:
         """A good message whose service this release does not have."""
         raise UnknownAction(f"{message.action} is part of the protocol, but this server does not offer it yet")
+
+    # Tasks
+
+    async def start_tasks(self, message: Message) -> None:
+        """Starts a batch, but for the tasks that are under way already."""
+        for conflict in await self._tasks.start(message.data["tasks"], message.id):
+            self.refuse(conflict, message)
+
+    async def cancel_tasks(self, message: Message) -> Message | None:
+        """Ends tasks of this connection."""
+        self._tasks.cancel(message.data["ids"])
+        return ack(message)
+
+    async def get_tasks(self, message: Message) -> Message | None:
+        """Tells the last update of each task."""
+        try:
+            updates = await self._tasks.updates()
+        except StoreUnavailable as failure:
+            raise Overloaded("the tasks of this session cannot be read at the moment") from failure
+        for update in updates:
+            await self.deliver(Message("taskUpdate", update, id=message.id))
+        return ack(message)
+
+    async def deliver_update(self, update: Update, id: str | int | None) -> None:
+        """A task has begun or ended."""
+        await self.deliver(Message("taskUpdate", update, id=id))
+
+    def report_update(self, update: Update, id: str | int | None) -> None:
+        """A task makes progress."""
+        self.tell(text_frame(encode(Message("taskUpdate", update, id=id))), key=("taskUpdate", update["taskId"]))
+
+    # Games
+
+    async def start_game(self, message: Message) -> Message | None:
+        """Begins a game in this connection's room."""
+        await self._leaderboard.start_game(self._room, self._optional(message), message.id)
+        return ack(message)
+
+    async def update_score(self, message: Message) -> Message | None:
+        """Adds to a player's score."""
+        await self._leaderboard.update_score(self._room, message.data, message.id)
+        return ack(message)
+
+    async def get_leaderboard(self, message: Message) -> Message:
+        """The board, or the part around one player, for this client alone."""
+        board = await self._leaderboard.board(self._room, self._optional(message))
+        return Message("leaderboardUpdate", board, id=message.id)
+
+    def _optional(self, message: Message) -> Mapping[str, Any]:
+        return message.data if isinstance(message.data, dict) else {}

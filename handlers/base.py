@@ -10,10 +10,13 @@ from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
 
 from background import spawn
+from handlers.wire import Wire
 from protocol.errors import CloseCode, Internal, InvalidMessage, ParseError, RateLimited, Refusal, UnknownAction
+from protocol.frame import text_frame
 from protocol.message import Message, decode, encode, refusal_message
 from protocol.schema import Schemas
 from services.hub import Outbox, SlowClient
@@ -56,11 +59,16 @@ class Transport:
             await self._left.wait()
 
 
+def ack(message: Message) -> Message | None:
+    """The answer to an action that has none of its own: the request has taken effect, if anyone wants to know."""
+    return None if message.id is None else Message("ack", id=message.id)
+
+
 class ProtocolSocket(WebSocketHandler):
     """The transport of both paths. A subclass gives `actions`: an action's name → the method that answers it.
 
-    A method gets a checked message and gives the data-bearing answer, or None: then a request with an `id` is
-    answered with `ack`. What it raises becomes an `error`.
+    A method gets a checked message and gives its answer, or None if there is none, or none yet. What it raises becomes
+    an `error`.
     """
 
     dev = False
@@ -69,6 +77,7 @@ class ProtocolSocket(WebSocketHandler):
         """What a subclass's `initialize` calls first."""
         self.transport = transport
         self._outbox = Outbox(transport.outbox_bytes)
+        self._wire = Wire(self)
         self._bad: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._under_way = 0
         self._heard = time.monotonic()
@@ -110,7 +119,7 @@ class ProtocolSocket(WebSocketHandler):
             self.transport.schemas.check(message, dev=self.dev)
             self._begin(message)
         except Refusal as refusal:
-            self._refuse(refusal, message)
+            self.refuse(refusal, message)
         await asyncio.sleep(0)  # frames that are here already must not keep the other connections waiting
 
     def on_pong(self, data: bytes) -> None:
@@ -128,10 +137,22 @@ class ProtocolSocket(WebSocketHandler):
 
     # Sending
 
-    def tell(self, text: str, key: Hashable = None) -> None:
-        """Puts an encoded message into the outbox; a client that lets it fill is closed."""
+    def tell(self, frame: bytes, key: Hashable = None) -> None:
+        """Sends a framed message, or puts it into the outbox; a client that lets it fill is closed."""
+        if self._outbox.is_empty and self._wire.send_now(frame):
+            return
         try:
-            self._outbox.put(text, key)
+            self._outbox.put(frame, key)
+        except SlowClient as slow:
+            self._give_up(slow)
+
+    async def deliver(self, message: Message) -> None:
+        """Sends a message that must arrive; waits for room in the outbox of a client that only takes its time."""
+        frame = text_frame(encode(message))
+        if self._outbox.is_empty and self._wire.send_now(frame):
+            return
+        try:
+            await self._outbox.put_when_room(frame, PATIENCE_SECONDS)
         except SlowClient as slow:
             self._give_up(slow)
 
@@ -140,13 +161,15 @@ class ProtocolSocket(WebSocketHandler):
         self.close(code.value, code.meaning)
 
     async def _send(self) -> None:
-        """The one sender of this connection: each text is on its way before the next one is taken."""
+        """Sends what did not go out at once: each frame is on its way before the next one is taken."""
         while True:
-            text = await self._outbox.take()
+            frame = await self._outbox.take()
             try:
-                await self.write_message(text)
-            except WebSocketClosedError:
+                await asyncio.wait_for(self._wire.send(frame), PATIENCE_SECONDS)
+            except StreamClosedError:
                 return
+            except TimeoutError:
+                return self._give_up(SlowClient(f"nothing was read for {PATIENCE_SECONDS:g} s"))
 
     async def _beat(self) -> None:
         """Pings, and closes when nothing comes back."""
@@ -179,22 +202,19 @@ class ProtocolSocket(WebSocketHandler):
     async def _answer(self, message: Message) -> None:
         try:
             answer = await self.actions[message.action](message)
-            if answer is None and message.id is not None:
-                answer = Message("ack", id=message.id)
             if answer is not None:
-                await self._outbox.put_when_room(encode(answer), PATIENCE_SECONDS)
+                await self.deliver(answer)
         except Refusal as refusal:
-            self._refuse(refusal, message)
-        except SlowClient as slow:
-            self._give_up(slow)
+            self.refuse(refusal, message)
         except Exception as fault:
             log.exception("%s failed", message.action)
-            self._refuse(Internal("the server failed; its log has more", **self.confession(fault)), message)
+            self.refuse(Internal("the server failed; its log has more", **self.confession(fault)), message)
         finally:
             self._under_way -= 1
 
-    def _refuse(self, refusal: Refusal, message: Message | None) -> None:
-        self.tell(encode(refusal_message(refusal, message, **self.explain(refusal, message))))
+    def refuse(self, refusal: Refusal, message: Message | None) -> None:
+        """Answers a message with an error; too many bad ones close the connection."""
+        self.tell(text_frame(encode(refusal_message(refusal, message, **self.explain(refusal, message)))))
         if isinstance(refusal, ParseError | InvalidMessage | UnknownAction):
             self._count_bad()
 

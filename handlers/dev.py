@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from handlers.app import AppSocket
+from handlers.app import AppServices, AppSocket
 from handlers.base import Method, Transport
 from protocol.errors import InvalidMessage, Refusal
 from protocol.message import Message, decode
-from services.jobs import Terms
-from services.runs import Runs
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -23,9 +21,11 @@ class DevSocket(AppSocket):
 
     dev = True
 
-    def initialize(self, transport: Transport, runs: Runs, terms: Terms, is_open: bool = False) -> None:
+    games = "dev"
+
+    def initialize(self, transport: Transport, services: AppServices, is_open: bool = False) -> None:
         """Tornado's constructor."""
-        super().initialize(transport, runs, terms)
+        super().initialize(transport, services)
         self._is_open = is_open
 
     def prepare(self) -> None:

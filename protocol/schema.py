@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +36,8 @@ class Schemas:
         registry: Registry[Any] = Registry().with_resources(
             (document["$id"], Resource.from_contents(document)) for document in documents.values()
         )
+        self._registry = registry
+        self._documents = documents
         self._schemas: dict[Side, dict[str, Any]] = {"client": {}, "server": {}}
         self._validators: dict[Side, dict[str, Draft202012Validator]] = {"client": {}, "server": {}}
         for side in self._schemas:
@@ -48,6 +50,10 @@ class Schemas:
     def documents(self) -> dict[str, bytes]:
         """The files themselves, by name (`client/runCode.json`)."""
         return dict(self._files)
+
+    def shape(self, name: str) -> Shape:
+        """What the file `name` (`tasks/sleep.json`) allows."""
+        return Shape(self._documents[name], self._registry)
 
     def actions(self, *, dev: bool) -> list[str]:
         """The actions that a client may send; with `dev` also those of /devws alone."""
@@ -88,6 +94,25 @@ class Schemas:
         return [{"error": sentence, **details} for sentence, details in told]
 
 
+class Shape:
+    """What a part of a message must look like, compiled once."""
+
+    def __init__(self, schema: Mapping[str, Any], registry: Registry[Any] | None = None) -> None:
+        Draft202012Validator.check_schema(schema)
+        self._validator = Draft202012Validator(schema, registry=registry or Registry())
+
+    def check(self, value: Any, at: str) -> None:
+        """Returns when `value` is good. `at` is its place in the message, a JSON Pointer.
+
+        Raises:
+            InvalidMessage: the schema does not allow it.
+        """
+        errors = list(self._validator.iter_errors(value))
+        if errors:
+            sentence, details = _tell(min(_leaves(errors), key=_rank), at)
+            raise InvalidMessage(sentence, **details)
+
+
 def _envelope(message: Message) -> dict[str, Any]:
     envelope: dict[str, Any] = {"action": message.action}
     for name in ("error", "details", "id"):
@@ -113,9 +138,9 @@ def _rank(error: ValidationError) -> tuple[int, int]:
     return len(error.absolute_path), order.get(str(error.validator), 3)
 
 
-def _tell(error: ValidationError) -> tuple[str, dict[str, Any]]:
-    """A sentence about one violation, and its details."""
-    parts = list(error.absolute_path)
+def _tell(error: ValidationError, at: str = "") -> tuple[str, dict[str, Any]]:
+    """A sentence about one violation, and its details. `at` is where the checked value stands in the message."""
+    parts = [*at.split("/")[1:], *error.absolute_path]
     where = ".".join(str(part) for part in parts) or "the message"
     path = pointer(parts)
     rule: str = str(error.validator)

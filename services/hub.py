@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Hashable
 from typing import Protocol
 
+from protocol.frame import text_frame
 from protocol.message import Message, encode
 
 
@@ -14,30 +15,35 @@ class SlowClient(Exception):
 
 
 class Outbox:
-    """What waits for one client, in order and bounded. A keyed text takes the place of the one still waiting."""
+    """What waits for one client, in order and bounded. A keyed frame takes the place of the one still waiting."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
-        self._waiting: dict[Hashable, str] = {}
+        self._waiting: dict[Hashable, bytes] = {}
         self._bytes = 0
         self._filled = asyncio.Event()
         self._emptied = asyncio.Event()
 
-    def put(self, text: str, key: Hashable = None) -> None:
-        """Appends `text`. What is larger than the bound may still be put into an empty outbox.
+    def put(self, frame: bytes, key: Hashable = None) -> None:
+        """Appends `frame`. What is larger than the bound may still be put into an empty outbox.
 
         Raises:
             SlowClient: it does not fit beside what waits already.
         """
-        replaced = self._waiting.get(key, "") if key is not None else ""
-        if len(self._waiting) > bool(replaced) and self._bytes - len(replaced) + len(text) > self._limit:
+        replaced = self._waiting.get(key, b"") if key is not None else b""
+        if len(self._waiting) > bool(replaced) and self._bytes - len(replaced) + len(frame) > self._limit:
             raise SlowClient(f"{self._bytes} bytes wait for the client, and the limit is {self._limit}")
-        self._bytes += len(text) - len(replaced)
-        self._waiting[object() if key is None else key] = text
+        self._bytes += len(frame) - len(replaced)
+        self._waiting[object() if key is None else key] = frame
         self._filled.set()
 
-    async def put_when_room(self, text: str, patience_s: float) -> None:
-        """Appends `text` as soon as it fits: for answers, which must not close a client that only takes its time.
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing waits."""
+        return not self._waiting
+
+    async def put_when_room(self, frame: bytes, patience_s: float) -> None:
+        """Appends `frame` as soon as it fits: for answers, which must not close a client that only takes its time.
 
         Raises:
             SlowClient: there was no room for `patience_s` seconds.
@@ -46,30 +52,30 @@ class Outbox:
             async with asyncio.timeout(patience_s):
                 while True:
                     try:
-                        return self.put(text)
+                        return self.put(frame)
                     except SlowClient:
                         self._emptied.clear()
                         await self._emptied.wait()
         except TimeoutError:
             raise SlowClient(f"nothing of {self._bytes} bytes was read for {patience_s:g} s") from None
 
-    async def take(self) -> str:
-        """The next text, as soon as there is one."""
+    async def take(self) -> bytes:
+        """The next frame, as soon as there is one."""
         while not self._waiting:
             self._filled.clear()
             await self._filled.wait()
         key = next(iter(self._waiting))
-        text = self._waiting.pop(key)
-        self._bytes -= len(text)
+        frame = self._waiting.pop(key)
+        self._bytes -= len(frame)
         self._emptied.set()
-        return text
+        return frame
 
 
 class Member(Protocol):
     """One who can be told things: a client's connection."""
 
-    def tell(self, text: str, key: Hashable) -> None:
-        """Puts an encoded message into its outbox; never waits, never raises."""
+    def tell(self, frame: bytes, key: Hashable) -> None:
+        """Sends a framed message, or puts it into its outbox; never waits, never raises."""
 
 
 class Hub:
@@ -89,10 +95,18 @@ class Hub:
         if not members:
             self._rooms.pop(room, None)
 
+    def rooms(self) -> list[str]:
+        """Those that have members."""
+        return list(self._rooms)
+
+    def has_members(self, room: str) -> bool:
+        """Whether anyone is there to be told."""
+        return room in self._rooms
+
     def publish(self, room: str, message: Message, key: Hashable = None) -> None:
-        """Sends `message`, encoded once, to everyone in `room`."""
+        """Sends `message`, encoded and framed once, to everyone in `room`."""
         members = self._rooms.get(room)
         if members:
-            text = encode(message)
+            frame = text_frame(encode(message))
             for member in list(members):
-                member.tell(text, key)
+                member.tell(frame, key)

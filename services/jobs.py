@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,48 +34,50 @@ TERMS = {
     "cpuMs": _Term("cpu_ms", "ms", "--max-cpu-ms"),
     "memoryBytes": _Term("memory_bytes", "bytes", "--max-memory-bytes"),
     "outputBytes": _Term("output_bytes", "bytes", "--max-output-bytes"),
-    "processes": _Term("processes", "processes", "--max-processes"),
+    "processes": _Term("processes", "processes", "--max-run-processes"),
 }
 NOT_YET = ("stream", "interactive", "files", "returnFiles")
 
 
-def job_of(data: dict[str, Any], terms: Terms) -> Job:
-    """The Job that a checked `runCode` asks for.
+def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:
+    """The Job that a checked `runCode` asks for. `at` is where `data` stands in the message, a JSON Pointer.
 
     Raises:
         PayloadTooLarge: more code than 256 KiB.
         InvalidMessage: a limit above the server's maximum.
         ClusterUnavailable: `mode: cluster`, and there is none.
     """
+    where = at[1:].replace("/", ".")
     size = len(data["code"].encode("utf-8", "surrogatepass"))
     if size > MAX_CODE_BYTES:
         raise PayloadTooLarge(
-            f"data.code has {size} bytes, and the limit is {MAX_CODE_BYTES} bytes (fixed by the protocol)",
-            path="/data/code", limit=MAX_CODE_BYTES,
+            f"{where}.code has {size} bytes, and the limit is {MAX_CODE_BYTES} bytes (fixed by the protocol)",
+            path=f"{at}/code", limit=MAX_CODE_BYTES,
         )  # fmt: skip
     for name in NOT_YET:
         if data.get(name):
-            raise InvalidMessage(f"data.{name} is not offered by this server yet", path=f"/data/{name}")
+            raise InvalidMessage(f"{where}.{name} is not offered by this server yet", path=f"{at}/{name}")
     if data["mode"] == "cluster":
-        raise ClusterUnavailable("this server has no cluster; use mode standalone", path="/data/mode")
+        raise ClusterUnavailable("this server has no cluster; use mode standalone", path=f"{at}/mode")
     return Job(
         language=data["language"],
         code=data["code"],
         stdin=data.get("stdin", ""),
         args=tuple(data.get("args", ())),
-        limits=_limits(data.get("limits", {}), terms),
+        limits=_limits(data.get("limits", {}), terms, f"{at}/limits"),
     )
 
 
-def _limits(asked: dict[str, int | float], terms: Terms) -> Limits:
+def _limits(asked: Mapping[str, int | float], terms: Terms, at: str) -> Limits:
     limits = terms.defaults
     for name, value in asked.items():
         term = TERMS[name]
         most = getattr(terms.maxima, term.field)
         if value > most:
             raise InvalidMessage(
-                f"data.limits.{name} must be at most {most} {term.unit}, not {value}; {term.setting} changes that",
-                path=f"/data/limits/{name}", limit=most,
+                f"{at[1:].replace('/', '.')}.{name} must be at most {most} {term.unit}, not {value};"
+                f" {term.setting} changes that",
+                path=f"{at}/{name}", limit=most,
             )  # fmt: skip
         limits = replace(limits, **{term.field: int(value)})
     return limits

@@ -53,16 +53,25 @@ class Runs:
         return {"running": self._running, "queued": self._queued}
 
     async def run(
-        self, job: Job, owner: Hashable, name: str | int | None = None, channel: Channel | None = None
+        self,
+        job: Job,
+        owner: Hashable,
+        name: str | int | None = None,
+        channel: Channel | None = None,
+        *,
+        of_task: bool = False,
     ) -> tuple[Outcome, float]:
         """Runs `job` when it is its turn; gives its Outcome and how long it waited, in milliseconds.
+
+        A run `of_task` may wait in a full queue too: tasks are bounded themselves, and a task that was accepted must
+        not fail because others are busy.
 
         Raises:
             Overloaded: the queue is full.
             Conflict: `owner` has a run of that name already.
             ShuttingDown: the server is about to stop.
         """
-        entry = self._admit(job, owner, name, channel or Channel())
+        entry = self._admit(job, owner, name, channel or Channel(), bounded=not of_task)
         try:
             if not await self._has_its_turn(entry, owner):
                 return never_started(job), (time.monotonic() - entry.queued_at) * 1000
@@ -108,10 +117,10 @@ class Runs:
         """Whether the server is about to stop."""
         return self._closed
 
-    def _admit(self, job: Job, owner: Hashable, name: str | int | None, channel: Channel) -> _Entry:
+    def _admit(self, job: Job, owner: Hashable, name: str | int | None, channel: Channel, *, bounded: bool) -> _Entry:
         if self._closed:
             raise ShuttingDown("the server is about to stop; connect again in a moment")
-        if self._running >= self._max_runs and self._queued >= self._queue_size:
+        if bounded and self._running >= self._max_runs and self._queued >= self._queue_size:
             raise Overloaded(
                 f"{self._queued} runs wait already, and the limit is {self._queue_size} (--queue-size)",
                 limit=self._queue_size, retryAfterMs=RETRY_AFTER_MS,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 from tornado.httpclient import HTTPRequest
@@ -80,9 +82,11 @@ class Client:
 
 @asynccontextmanager
 async def serving(**settings: Any) -> AsyncIterator[Running]:
-    """The real server on a free port."""
-    async with running(Settings(**{"port": 0, "drain_s": 0.0, **settings})) as server:
-        yield server
+    """The real server on a free port, with a folder of its own for its data."""
+    with tempfile.TemporaryDirectory(prefix="runboard-test-") as folder:
+        common = {"port": 0, "drain_s": 0.0, "data_dir": Path(folder)}
+        async with running(Settings(**{**common, **settings})) as server:
+            yield server
 
 
 @asynccontextmanager

@@ -1,0 +1,33 @@
+"""The task action `runCode`: one run, whose result is what `output` would carry."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from protocol.schema import Schemas
+from sandbox.model import Status
+from services.jobs import Terms, job_of, output_of
+from services.runs import Runs
+from services.task_action import Failed, Params, Report, TaskAction
+
+
+def run_code_action(schemas: Schemas, runs: Runs, terms: Terms) -> TaskAction:
+    """The action; params are the data of the message `runCode`."""
+
+    def check(params: Params, at: str) -> None:
+        job_of(params, terms, at)
+
+    async def run_code(params: Params, progress: Report) -> dict[str, Any]:
+        outcome, queue_ms = await runs.run(job_of(params, terms), progress.owner, of_task=True)
+        output = output_of(outcome, queue_ms)
+        if outcome.status is not Status.OK:
+            raise Failed(output["error"], code_of(outcome.status), output)
+        return output
+
+    return TaskAction("runCode", schemas.shape("tasks/runCode.json"), run_code, check)
+
+
+def code_of(status: Status) -> str:
+    """A status as the code of a failed task: memoryLimit → MEMORY_LIMIT."""
+    return re.sub(r"(?=[A-Z])", "_", status.value).upper()
