@@ -22,7 +22,7 @@ corpus: $(VENV)/develop
 	$(BIN)/python tools/corpus.py $(ARGS)
 
 bench: $(VENV)/develop
-	$(BIN)/python bench/cold.py $(ARGS)
+	$(BIN)/python -m bench.cold $(ARGS)
 
 $(VENV)/bin/python:
 	$(PYTHON) tools/make_venv.py $(VENV)

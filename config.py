@@ -56,6 +56,7 @@ class Settings:
     python: Path | None = _setting(None, "Runs", "the python that programs run on; found by itself if not given")
     node: Path | None = _setting(None, "Runs", "the node that programs run on; found by itself if not given")
     max_runs: int = _setting(max(2, os.cpu_count() or 2), "Runs", "programs that run at once", least=1)
+    warm: int = _setting(os.cpu_count() or 1, "Runs", "jails that wait ready for the next runs", least=0)
     drain_s: float = _setting(5.0, "Runs", "seconds that runs may still take when the server is stopped", least=0)
     queue_size: int = _setting(1000, "Runs", "programs that may wait for their turn", least=0)
     wall_ms: int = _setting(10_000, "Limits", "wall time of a program, in milliseconds", least=1)

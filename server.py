@@ -119,7 +119,7 @@ def is_loopback(address: str) -> bool:
 
 async def _open_engine(settings: Settings) -> Engine:
     makers: dict[str, Callable[[], Engine]] = {
-        "nsjail": lambda: NsjailEngine(settings.python, settings.node),
+        "nsjail": lambda: NsjailEngine(settings.python, settings.node, settings.warm),
         "subprocess": lambda: SubprocessEngine(settings.python, settings.node),
     }
     names = list(makers) if settings.engine == "auto" else [settings.engine]

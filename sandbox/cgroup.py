@@ -77,11 +77,11 @@ class Cgroups:
         self.folders = folders
         self._numbers = itertools.count()
 
-    def leaf(self, limits: Limits, *, extra_processes: int = 0) -> Leaf:
-        """A new group with `limits`; `extra_processes` of our own are allowed beside the program's."""
+    def leaf(self) -> Leaf:
+        """A new group, yet without limits."""
         name = f"run-{next(self._numbers)}"
         leaf = Leaf(self._layout, {controller: folder / name for controller, folder in self.folders.items()})
-        leaf.make(limits, extra_processes)
+        leaf.make()
         return leaf
 
     def close(self) -> None:
@@ -100,16 +100,19 @@ class Leaf:
         self._places = set(folders.values())  # controllers that are mounted together share one
         self._oom_fd: int | None = None
 
-    def make(self, limits: Limits, extra_processes: int) -> None:
-        """Creates the group and sets its limits."""
+    def make(self) -> None:
+        """Creates the group."""
         for folder in self._places:
             folder.mkdir()
+        if self._layout is V2:
+            self._write(("", "memory.oom.group"), 1)
+
+    def limit(self, limits: Limits, extra_processes: int = 0) -> None:
+        """Sets the limits; `extra_processes` of our own are allowed beside the program's."""
         self._write(self._layout.memory_max, limits.memory_bytes)
         with contextlib.suppress(OSError):  # a kernel without swap accounting has no such file; check() says so
             self._write(self._layout.swap_max, limits.memory_bytes if self._layout.swap_includes_memory else 0)
         self._write(self._layout.pids_max, limits.processes + extra_processes)
-        if self._layout is V2:
-            self._write(("", "memory.oom.group"), 1)
 
     def add(self, pid: int) -> None:
         """Puts a process, and so whatever it will fork, into the group."""

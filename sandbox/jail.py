@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
-from sandbox.model import Channel, Job, Outcome
+from sandbox.model import Channel, Job, Limits, Outcome
 from sandbox.process import Group, Pipes, Watch
 from sandbox.signals import signal_name
 
@@ -26,6 +26,8 @@ class JailGroup(Group, Protocol):
     """The group that a jail's processes are put into."""
 
     def add(self, pid: int) -> None: ...
+    def limit(self, limits: Limits, extra_processes: int) -> None: ...
+    async def remove(self) -> None: ...
 
 
 def end_with_server() -> None:
@@ -34,51 +36,70 @@ def end_with_server() -> None:
 
 
 class Jail:
-    """One nsjail process with the pipes to it."""
+    """One nsjail process, in its control group already, with the pipes to it. It waits for its configuration.
 
-    def __init__(self, nsjail: Path, policy: str, leaf: JailGroup, *, warded: bool) -> None:
-        self._warded = warded
-        self._nsjail = nsjail
-        self._policy = policy
-        self._leaf = leaf
-        self._process: subprocess.Popen[bytes] | None = None
+    Moving a process into a group makes the kernel wait for all processors to take note: 2 ms for each controller of
+    version 1. So a jail is started ahead of the run that will use it, in a thread.
+    """
+
+    def __init__(self, nsjail: Path, leaf: JailGroup, uid: int, *, warded: bool) -> None:
+        """Blocks. Raises OSError."""
+        self.leaf = leaf
+        self.uid = uid
         self._log = bytearray()
         self._open: set[int] = set()
-
-    def start(self, complete: Callable[[int, int, int], str], job_fd: int, uid: int) -> None:
-        """Starts nsjail, which waits for its configuration until it is in the run's control group."""
         stdin, self._stdin = self._pipe(write_end_is_ours=True)
         stdout, self._stdout = self._pipe(write_end_is_ours=False)
         stderr, self._stderr = self._pipe(write_end_is_ours=False)
-        log_fd, self._log_fd = self._pipe(write_end_is_ours=False)
-        config_fd, config_in = self._pipe(write_end_is_ours=True)
-        report, self._report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._their_log, self._log_fd = self._pipe(write_end_is_ours=False)
+        config_fd, self._config = self._pipe(write_end_is_ours=True)
+        self._job_fd = os.memfd_create("job", os.MFD_CLOEXEC)
+        self._open.add(self._job_fd)
+        self._report, report = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._report.setblocking(False)
-        self._open.add(job_fd)
+        self._report_number = report.fileno()
         if os.geteuid() == 0:  # so that a program may open /dev/stdout by its name
             for end in (stdin, stdout, stderr):
                 os.fchown(end, uid, uid)
-        theirs = (log_fd, config_fd, job_fd, report.fileno())
-        self._process = subprocess.Popen(
-            [self._nsjail, "--config", f"/proc/self/fd/{config_fd}"],
-            stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=theirs, env={}, cwd="/",
-            preexec_fn=None if self._warded else end_with_server,
-        )  # fmt: skip
-        self._leaf.add(self._process.pid)
-        config = self._policy + complete(job_fd, report.fileno(), log_fd)
-        report.close()
-        for fd in (stdin, stdout, stderr, log_fd, config_fd, job_fd):
+        try:
+            self._process = subprocess.Popen(
+                [nsjail, "--config", f"/proc/self/fd/{config_fd}"],
+                stdin=stdin, stdout=stdout, stderr=stderr, env={}, cwd="/",
+                pass_fds=(self._their_log, config_fd, self._job_fd, self._report_number),
+                preexec_fn=None if warded else end_with_server,
+            )  # fmt: skip
+            leaf.add(self._process.pid)
+        except OSError:
+            self._report.close()
+            for fd in list(self._open):
+                self._close(fd)  # without a configuration, nsjail ends by itself
+            raise
+        finally:
+            report.close()
+        for fd in (stdin, stdout, stderr, config_fd, self._their_log):
             self._close(fd)
+
+    def is_good(self) -> bool:
+        """Whether nsjail still waits."""
+        return self._process.poll() is None
+
+    def begin(self, config: Callable[[int, int, int], str], job: bytes) -> None:
+        """Tells nsjail what to do. `config` is given the numbers of the descriptors for job, report and log."""
+        left = memoryview(job)
+        while left:
+            left = left[os.pwrite(self._job_fd, left, len(job) - len(left)) :]  # the shared offset stays at 0
+        self._close(self._job_fd)
+        text = config(self._job_fd, self._report_number, self._their_log)
         # Never more than the pipe holds at once would be right for a small policy only: feed it as nsjail reads.
-        os.set_blocking(config_in, False)
-        self._feed(config_in, memoryview(config.encode()))
+        os.set_blocking(self._config, False)
+        self._feed(memoryview(text.encode()))
 
     async def watch(self, job: Job, channel: Channel) -> Outcome:
         """The run, from nsjail's start to its end."""
         loop = asyncio.get_running_loop()
         pipes = Pipes(self._stdin, self._stdout, self._stderr)
         self._open -= {self._stdin, self._stdout, self._stderr}  # the watch closes them
-        watch = Watch(job, channel, self._leaf, pipes)
+        watch = Watch(job, channel, self.leaf, pipes)
         setup = loop.call_later(SETUP_SECONDS, lambda: watch.failed("the jail was not ready in time"))
         loop.add_reader(self._report, lambda: self._heard(watch, setup))
         loop.add_reader(self._log_fd, self._read_log)
@@ -89,14 +110,18 @@ class Jail:
             loop.remove_reader(self._report)
             loop.remove_reader(self._log_fd)
 
-    def reap(self) -> None:
-        """Takes nsjail's end off the process table and closes what is open; its group is empty by now."""
-        if self._process is not None:
+    async def discard(self) -> None:
+        """Ends whatever is left of the jail and gives everything back."""
+        try:
             self._process.kill()
+            await self.leaf.remove()
+        finally:
             self._process.wait()
             self._report.close()
-        for fd in list(self._open):
-            self._close(fd)
+            if self._config in self._open:
+                asyncio.get_running_loop().remove_writer(self._config)
+            for fd in list(self._open):
+                self._close(fd)
 
     def _heard(self, watch: Watch, setup: asyncio.TimerHandle) -> None:
         """A report of init.py; an end of file without one means that the jail was not made or did not last."""
@@ -135,19 +160,19 @@ class Jail:
                 return "; ".join(said[:3])
         return "nsjail ended without a word"
 
-    def _feed(self, fd: int, left: memoryview) -> None:
+    def _feed(self, left: memoryview) -> None:
         loop = asyncio.get_running_loop()
         try:
-            left = left[os.write(fd, left) :]
+            left = left[os.write(self._config, left) :]
         except BlockingIOError:
             pass
         except BrokenPipeError:
             left = left[:0]
-        loop.remove_writer(fd)
+        loop.remove_writer(self._config)
         if left:
-            loop.add_writer(fd, self._feed, fd, left)
+            loop.add_writer(self._config, self._feed, left)
         else:
-            self._close(fd)
+            self._close(self._config)
 
     def _pipe(self, *, write_end_is_ours: bool) -> tuple[int, int]:
         """A pipe as (their end, our end)."""
@@ -158,5 +183,4 @@ class Jail:
     def _close(self, fd: int) -> None:
         if fd in self._open:
             self._open.discard(fd)
-            asyncio.get_running_loop().remove_writer(fd)
             os.close(fd)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import marshal
 import os
@@ -17,6 +18,7 @@ from sandbox.interpreters import Interpreter, find_node, find_python
 from sandbox.jail import Jail
 from sandbox.languages import LANGUAGES, command, environment
 from sandbox.model import Channel, Job, Language, Limits, Outcome
+from sandbox.ready import Ready
 from sandbox.sampled import SampledGroups
 from sandbox.seccomp import kafel
 from sandbox.warden import Warden
@@ -38,14 +40,17 @@ class NsjailEngine:
 
     name = "nsjail"
 
-    def __init__(self, python: Path | None = None, node: Path | None = None) -> None:
+    def __init__(self, python: Path | None = None, node: Path | None = None, warm: int = 1) -> None:
+        """`warm` jails wait for the next runs."""
         self._wanted_python, self._wanted_node = python, node
         self._root = os.geteuid() == 0
         self._groups: Cgroups | SampledGroups | None = None
         self._warden: Warden | None = None
         self._no_cgroups = ""
+        self._jails: Ready[Jail] | None = None
+        self._warm = warm
         self._free_uids: list[int] = []
-        self._uids_given = 0
+        self._uids = itertools.count(FIRST_UID)
 
     async def open(self) -> None:
         """Finds nsjail, the interpreters and the control groups. Raises EngineUnavailable."""
@@ -63,6 +68,8 @@ class NsjailEngine:
         except CgroupUnavailable as missing:
             self._groups = SampledGroups()
             self._no_cgroups = str(missing)
+        self._jails = Ready(self._make_jail, self._warm)
+        await self._jails.fill()
 
     def warnings(self) -> list[str]:
         """What this machine does not let the engine enforce."""
@@ -75,41 +82,46 @@ class NsjailEngine:
 
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` in a fresh jail."""
-        if self._groups is None:
+        if self._jails is None:
             raise EngineUnavailable("the nsjail engine is not open")
-        uid = self._take_uid()
-        leaf = self._groups.leaf(job.limits, extra_processes=OWN_PROCESSES)
+        jail = await self._jails.take()
         try:
-            jail = Jail(self._nsjail, self._policy, leaf, warded=self._warden is not None)
-            try:
-                jail.start(self._run_config(job, uid), self._job_file(job), uid)
-                return await jail.watch(job, channel)
-            finally:
-                await leaf.remove()
-                jail.reap()
+            jail.leaf.limit(job.limits, OWN_PROCESSES)
+            jail.begin(self._config_of(job, jail.uid), self._task_of(job))
+            return await jail.watch(job, channel)
         finally:
-            self._free_uids.append(uid)
+            await jail.discard()
+            self._free_uids.append(jail.uid)
 
     async def close(self) -> None:
         """Gives the control groups back."""
+        if self._jails is not None:
+            await self._jails.close()
         if self._warden is not None:
             self._warden.close()
         if self._groups is not None:
             self._groups.close()
-        self._warden = self._groups = None
+        self._jails = self._warden = self._groups = None
+
+    def _make_jail(self) -> Jail:
+        """A jail that waits. Called in threads."""
+        if self._groups is None:
+            raise EngineUnavailable("the nsjail engine is not open")
+        uid = self._take_uid()
+        return Jail(self._nsjail, self._groups.leaf(), uid, warded=self._warden is not None)
 
     def _take_uid(self) -> int:
         if not self._root:
             return os.geteuid()
-        if self._free_uids:
+        try:
             return self._free_uids.pop()
-        self._uids_given += 1
-        return FIRST_UID + self._uids_given
+        except IndexError:
+            return next(self._uids)
 
-    def _job_file(self, job: Job) -> int:
-        """What init.py is to do, as a file in memory."""
+    def _task_of(self, job: Job) -> bytes:
+        """What init.py is to do."""
         interpreter = str(self._interpreters[job.language].executable)
-        job_text = marshal.dumps(
+        return marshal.dumps(
             {
                 "argv": command(job.language, interpreter, job.args),
                 "environment": environment(job.language, home="/work", scratch="/tmp"),  # noqa: S108 -- the jail's own
@@ -117,13 +129,9 @@ class NsjailEngine:
             },
             MARSHAL_VERSION,
         )
-        fd = os.memfd_create("job", os.MFD_CLOEXEC)
-        os.write(fd, job_text)
-        os.lseek(fd, 0, os.SEEK_SET)
-        return fd
 
-    def _run_config(self, job: Job, uid: int) -> Callable[[int, int, int], str]:
-        """The part of the configuration that is this run's own; the descriptors come when they are known."""
+    def _config_of(self, job: Job, uid: int) -> Callable[[int, int, int], str]:
+        """The configuration of one run; the numbers of the descriptors come when they are known."""
         interpreter = self._interpreters[job.language]
         limits = job.limits
         scratch = f"size={limits.tmp_bytes},nr_inodes={max(1024, limits.tmp_bytes >> 13)}"
@@ -154,7 +162,7 @@ class NsjailEngine:
                 f"pass_fd: {report_fd}",
                 f"exec_bin {{ path: {_quoted(str(python))} {arguments} }}",
             ]
-            return "\n".join([*lines, *own])
+            return self._policy + "\n".join([*lines, *own])
 
         return complete
 

@@ -20,9 +20,9 @@ SAMPLE_SECONDS = 0.01
 class SampledGroups:
     """Gives out process trees as `Cgroups` gives out control groups."""
 
-    def leaf(self, limits: Limits, *, extra_processes: int = 0) -> ProcessTree:
-        """A tree yet without processes. Their number is for the engine to limit, with RLIMIT_NPROC."""
-        return ProcessTree(limits)
+    def leaf(self) -> ProcessTree:
+        """A tree yet without processes."""
+        return ProcessTree()
 
     def close(self) -> None:
         """Nothing is kept."""
@@ -31,8 +31,8 @@ class SampledGroups:
 class ProcessTree:
     """A child and all that comes of it, followed with psutil: by parenthood, and by session for what was orphaned."""
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self) -> None:
+        self._limits = Limits()
         self._root: psutil.Process | None = None
         self._known: dict[int, psutil.Process] = {}
         self._cpu_s: dict[int, float] = {}
@@ -45,6 +45,10 @@ class ProcessTree:
         """The first process of the run."""
         self._root = psutil.Process(pid)
         self._known[pid] = self._root
+
+    def limit(self, limits: Limits, extra_processes: int = 0) -> None:
+        """Sets the limits. The number of processes is for the engine to limit, with RLIMIT_NPROC."""
+        self._limits = limits
 
     def watch_oom(self, on_oom: Callable[[], None]) -> None:
         """Samples memory from now on and calls `on_oom` when it is over the limit."""

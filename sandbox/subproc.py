@@ -66,7 +66,8 @@ class SubprocessEngine:
             env=environment(job.language, home=str(folder), scratch=str(folder / "tmp")),
             preexec_fn=lambda: _limit_self(job.limits),
         )  # fmt: skip
-        tree = ProcessTree(job.limits)
+        tree = ProcessTree()
+        tree.limit(job.limits)
         tree.add(process.pid)
         try:
             watch = Watch(job, channel, tree, _take_pipes(process))

@@ -52,7 +52,7 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
     end = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < end:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1) as answer:  # noqa: S310
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=1) as answer:
                 if json.load(answer)["status"] == "ok":
                     return
         except OSError:
