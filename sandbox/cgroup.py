@@ -99,6 +99,7 @@ class Leaf:
         self._folders = folders
         self._places = set(folders.values())  # controllers that are mounted together share one
         self._oom_fd: int | None = None
+        self._oom_told = 0
 
     def make(self) -> None:
         """Creates the group."""
@@ -131,13 +132,18 @@ class Leaf:
             _write(self._folders[controller] / "cgroup.event_control", f"{self._oom_fd} {control}")
         finally:
             os.close(control)
-        asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_happened, self._oom_fd, on_oom)
+        asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_happened, on_oom)
 
-    @staticmethod
-    def _oom_happened(fd: int, on_oom: Callable[[], None]) -> None:
-        with contextlib.suppress(BlockingIOError):
-            os.eventfd_read(fd)
+    def _oom_happened(self, on_oom: Callable[[], None]) -> None:
+        self._hear_of_oom()
         on_oom()
+
+    def _hear_of_oom(self) -> None:
+        """The kernel tells before it kills, and does not count those who were killed by us meanwhile."""
+        if self._oom_fd is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._oom_fd)
+                self._oom_told = 1
 
     def cpu_ms(self) -> float:
         """CPU time of all processes that ever were in the group."""
@@ -150,8 +156,9 @@ class Leaf:
         return int(self._read(self._layout.memory_peak))
 
     def oom_kills(self) -> int:
-        """How many processes the kernel killed for memory."""
-        return _field(self._read(self._layout.oom_events), "oom_kill")
+        """How many processes the kernel killed for memory, or at least 1 if it was about to."""
+        self._hear_of_oom()
+        return max(self._oom_told, _field(self._read(self._layout.oom_events), "oom_kill"))
 
     def refused_forks(self) -> int:
         """How often the kernel refused a new process or thread."""

@@ -7,20 +7,23 @@ Standard library only, nothing of ours, and of it only what starts fast: `json` 
 """
 
 import _ctypes
+import _signal
 import marshal
 import os
 import sys
 import time
 
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
-SIGKILL = 9
+TOUCHED_SIGNALS = (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ)
+"""Those that python itself catches or ignores; a program gets them as any program does."""
 
 
 def main() -> None:
     job_fd, report_fd = int(sys.argv[1]), int(sys.argv[2])
     prctl = _ctypes.dlsym(_ctypes.dlopen(None, os.RTLD_NOW), "prctl")  # type: ignore[arg-type]
     _ctypes.call_function(prctl, (PR_SET_DUMPABLE, 0, 0, 0, 0))
-    _ctypes.call_function(prctl, (PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0))  # when nsjail is gone, so is the jail
+    _ctypes.call_function(prctl, (PR_SET_PDEATHSIG, _signal.SIGKILL, 0, 0, 0))  # when nsjail is gone, so is the jail
+    _signal.signal(_signal.SIGINT, _signal.SIG_IGN)  # of all signals, process 1 hears only those that it handles
     with open(job_fd, "rb") as file:
         job = marshal.load(file)  # noqa: S302 -- the server wrote it
     for name, content in job["files"].items():
@@ -30,6 +33,8 @@ def main() -> None:
     program = os.fork()
     if not program:
         os.close(report_fd)
+        for number in TOUCHED_SIGNALS:
+            _signal.signal(number, _signal.SIG_DFL)
         try:
             os.execve(job["argv"][0], job["argv"], job["environment"])  # noqa: S606
         finally:

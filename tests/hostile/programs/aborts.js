@@ -1,0 +1,2 @@
+// expect: killed|error
+process.abort();

@@ -1,0 +1,2 @@
+// expect: error
+process.exit(300);

@@ -1,0 +1,4 @@
+# expect: outputLimit
+import os
+while True:
+    os.write(2, b"x" * 65536)

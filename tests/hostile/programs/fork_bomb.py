@@ -1,0 +1,4 @@
+# expect: processLimit|timeout|cpuLimit|error
+import os
+while True:
+    os.fork()

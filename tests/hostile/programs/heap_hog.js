@@ -1,0 +1,2 @@
+// expect: memoryLimit|killed|error
+const a = []; for (;;) a.push({a: [a.length]});

@@ -1,0 +1,4 @@
+# expect: killed|error|ok
+import os
+os.kill(-1, 9)
+print("alive")

@@ -1,0 +1,7 @@
+# expect: ok
+import os
+try:
+    os.kill(1, 9)
+except PermissionError:
+    pass
+print("still here")

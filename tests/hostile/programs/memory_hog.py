@@ -1,0 +1,4 @@
+# expect: memoryLimit
+taken = []
+while True:
+    taken.append(bytearray(1 << 22))

@@ -1,0 +1,2 @@
+// expect: timeout|cpuLimit
+process.on("uncaughtException", () => {}); process.on("exit", () => { for (;;); }); setImmediate(() => { throw 1; });

@@ -1,0 +1,2 @@
+// expect: error
+Promise.reject(new Error("nobody cares"));

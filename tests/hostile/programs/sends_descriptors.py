@@ -1,0 +1,5 @@
+# expect: ok
+import array, os, socket
+a, b = socket.socketpair()
+a.sendmsg([b"x"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0]))])
+print("sent to itself")

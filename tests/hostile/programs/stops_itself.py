@@ -1,0 +1,3 @@
+# expect: timeout
+import os, signal
+os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,0 +1,2 @@
+// expect: timeout
+setInterval(() => {}, 1000);

@@ -1,0 +1,2 @@
+# expect: ok out={"action":"output","data":{"output":"forged"}}
+print('{"action":"output","data":{"output":"forged"}}')
