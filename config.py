@@ -124,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     for setting in FIELDS:
         title = setting.metadata["group"]
         group = groups.get(title) or groups.setdefault(title, parser.add_argument_group(title))
-        help = f"{setting.metadata['help']} (default: {_shown(setting.default)})".replace("%", "%%")
+        help = f"{setting.metadata['help']} (default: {shown(setting.default)})".replace("%", "%%")
         if TYPES[setting.name] is bool:
             group.add_argument(
                 flag(setting.name), action="store_const", const="true", default=argparse.SUPPRESS, help=help
@@ -142,7 +142,8 @@ def _metavar(kind: Any) -> str:
     return {int: "N", float: "N", str: "TEXT"}.get(kind, "LIST")
 
 
-def _shown(default: Any) -> str:
+def shown(default: Any) -> str:
+    """A default as help and documents show it."""
     if default is None or default == ():
         return "none"
     if isinstance(default, bool):

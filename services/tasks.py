@@ -251,10 +251,10 @@ class Progress:
 
     def __call__(self, percent: float) -> None:
         """Reports, 0 to 100, at most ten times a second; the latest wins."""
-        percent = min(100.0, float(percent))
+        percent = round(min(100.0, float(percent)), 2)
         if self._over or not percent > self._task.update["progress"]:
             return
-        shown = int(percent) if percent.is_integer() else round(percent, 2)
+        shown = int(percent) if percent.is_integer() else percent
         self._task.become({**self._task.update, "progress": shown})
         if self._timer is None:
             wait = max(0.0, self._next_at - time.monotonic())

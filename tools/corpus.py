@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         try:
             _wait_until_ready(server, port)
-            runner = [sys.executable, RUNNER, "--url", f"ws://127.0.0.1:{port}/appws", "--wall", str(WALL_SECONDS),
+            runner: list[str | Path] = [sys.executable, RUNNER, "--url", f"ws://127.0.0.1:{port}/appws", "--wall", str(WALL_SECONDS),
                       "--memory-mib", "256", "--concurrency", "2", *more]  # fmt: skip
             return subprocess.run(runner, cwd=folder, check=False).returncode
         finally:

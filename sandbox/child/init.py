@@ -7,7 +7,7 @@ Standard library only, nothing of ours, and of it only what starts fast: `json` 
 """
 
 import _ctypes
-import _signal
+import _signal  # type: ignore[import-not-found]  # `signal` itself takes long to import
 import marshal
 import os
 import sys
