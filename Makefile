@@ -11,6 +11,7 @@ serve: $(VENV)/serve
 	$(BIN)/python server.py $(ARGS)
 
 test: $(VENV)/develop
+	@tools/install_redis.sh
 	$(BIN)/python -m pytest $(ARGS)
 
 check: $(VENV)/develop

@@ -36,6 +36,7 @@ from services.jobs import Terms
 from services.leaderboard import Leaderboard
 from services.runs import Runs
 from services.store import Store, StoreUnavailable
+from services.store_redis import RedisStore
 from services.store_sqlite import SqliteStore
 from services.task_action import BadTaskModule, TaskAction, load_actions
 from services.tasks import Tasks
@@ -146,7 +147,9 @@ async def _open_engine(settings: Settings) -> Engine:
 def _store(settings: Settings) -> Store:
     if settings.store == "sqlite":
         return SqliteStore(settings.data_dir, settings.max_players)
-    raise CannotServe(f"there is no store {settings.store!r}; --store is sqlite")
+    if settings.store.startswith(("redis://", "rediss://", "unix://")):
+        return RedisStore(settings.store, settings.max_players)
+    raise CannotServe(f"there is no store {settings.store!r}; --store is sqlite or an address redis://…")
 
 
 def _task_actions(settings: Settings, schemas: Schemas, runs: Runs, terms: Terms) -> dict[str, TaskAction]:

@@ -81,7 +81,7 @@ def encode(message: Message) -> str:
             envelope[name] = value
     text = json.dumps(envelope, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     # A lone surrogate has no UTF-8: escaped, it is still JSON and still what the client wrote.
-    return text.encode("utf-8", "backslashreplace").decode() if _has_surrogate(text) else text
+    return text.encode("utf-8", "backslashreplace").decode() if has_surrogate(text) else text
 
 
 def refusal_message(refusal: Refusal, refused: Message | None = None, **more: Any) -> Message:
@@ -191,7 +191,8 @@ def _too_deep(text: str) -> bool:
     return False
 
 
-def _has_surrogate(text: str) -> bool:
+def has_surrogate(text: str) -> bool:
+    """Whether half a character is in it, which JSON can spell but UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from background import spawn
 from protocol.errors import InvalidMessage, Overloaded
-from protocol.message import Message
+from protocol.message import Message, has_surrogate
 from services.hub import Hub
 from services.store import (
     MICROS,
@@ -110,6 +110,10 @@ def _check_roster(roster: list[Player], max_players: int) -> None:
         if player.id in seen:
             raise InvalidMessage(f"player {player.id} stands twice in the roster", path=f"/data/players/{place}/id")
         seen.add(player.id)
+        if has_surrogate(player.name):
+            raise InvalidMessage(
+                f"the name of player {player.id} has half a character in it", path=f"/data/players/{place}/name"
+            )
 
 
 def _micros(player: int, change: int | float) -> int:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from background import spawn
-from protocol.errors import Conflict, InvalidMessage, Refusal
-from protocol.message import clip, nearest
+from protocol.errors import Conflict, InvalidMessage, Overloaded, Refusal
+from protocol.message import clip, has_surrogate, nearest
 from services.store import Store, StoreUnavailable
 from services.task_action import Failed, TaskAction
 
@@ -77,6 +77,7 @@ class ClientTasks:
 
         Raises:
             InvalidMessage: one task of it is bad, and none was started.
+            Overloaded: the store of its session does not answer, and none was started.
         """
         self._check(batch)
         conflicts, begun = [], []
@@ -90,7 +91,13 @@ class ClientTasks:
                 self._live[task.id] = task
                 self._ended_bytes -= self._ended.pop(task.id, ({}, 0))[1]
                 begun.append(task)
-        await self._save([task.update for task in begun])
+        try:
+            await self._save([task.update for task in begun])
+        except StoreUnavailable as failure:
+            for task in begun:
+                self._live.pop(task.id, None)
+            log.warning("tasks cannot be kept for their session: %s", failure)
+            raise Overloaded("the tasks of this session cannot be kept at the moment; none was started") from failure
         for task in begun:
             if task.id in self._live:  # else the client left while its tasks were saved
                 task.asyncio_task = spawn(self._see_through(task), name=f"task {task.action.name}")
@@ -132,6 +139,8 @@ class ClientTasks:
             at = f"/data/tasks/{place}"
             if asked["id"] in seen:
                 raise InvalidMessage(f"the task {clip(asked['id'])} is twice in the batch", path=f"{at}/id")
+            if has_surrogate(asked["id"]):
+                raise InvalidMessage("the id of a task has half a character in it", path=f"{at}/id")
             seen.add(asked["id"])
             action = self._actions.get(asked["action"])
             if action is None:

@@ -21,6 +21,7 @@ MAY_IMPORT = {
 OUTSIDE = {
     "protocol/schema.py": {"jsonschema", "referencing"},
     "sandbox/sampled.py": {"psutil"},
+    "services/store_redis.py": {"redis"},
     "services/board.py": {"sortedcontainers"},
     "handlers": {"tornado"},
     "server.py": {"tornado"},

@@ -34,8 +34,8 @@ def main(argv: list[str]) -> int:
         )  # fmt: skip
         try:
             _wait_until_ready(server, port)
-            runner: list[str | Path] = [sys.executable, RUNNER, "--url", f"ws://127.0.0.1:{port}/appws", "--wall", str(WALL_SECONDS),
-                      "--memory-mib", "256", "--concurrency", "2", *more]  # fmt: skip
+            runner: list[str | Path] = [sys.executable, RUNNER, "--url", f"ws://127.0.0.1:{port}/appws"]
+            runner += ["--wall", str(WALL_SECONDS), "--memory-mib", "256", "--concurrency", "2", *more]
             return subprocess.run(runner, cwd=folder, check=False).returncode
         finally:
             server.terminate()

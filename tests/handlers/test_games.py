@@ -109,6 +109,8 @@ async def test_a_roster_names_the_players_and_refuses_others() -> None:
         twice = [{"id": 2, "name": "x"}, {"id": 2.0, "name": "y"}]
         answer = await client.ask("startGame", {"players": twice})
         assert (answer["details"]["code"], answer["details"]["path"]) == ("INVALID_MESSAGE", "/data/players/1/id")
+        answer = await client.ask("startGame", {"players": [{"id": 2, "name": "\ud800"}]})
+        assert (answer["details"]["code"], answer["details"]["path"]) == ("INVALID_MESSAGE", "/data/players/0/name")
 
 
 async def test_a_new_game_sets_scores_to_zero_and_keeps_the_players() -> None:

@@ -97,6 +97,7 @@ async def test_a_run_that_is_not_ok_is_a_failed_task(code: str, limits: Any, sai
         ({"id": "b", "action": "sleep"}, "/data/tasks/1/params"),
         (task("a", seconds=0), "/data/tasks/1/id"),
         ({"id": "b"}, "/data/tasks/1"),
+        (task("\ud800", seconds=0), "/data/tasks/1/id"),
         (task("b", "runCode", **program(""), limits={"timeMs": 10**9}), "/data/tasks/1/params/limits/timeMs"),
         (task("b", "runCode", **program(""), stream=True), "/data/tasks/1/params/stream"),
         (task("b", "gradeCode", language="python", code="", tests=[]), "/data/tasks/1/params/tests"),

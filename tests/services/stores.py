@@ -8,7 +8,9 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 
 from services.store import Store
+from services.store_redis import RedisStore
 from services.store_sqlite import SqliteStore
+from tests.services.redis_server import redis_server
 
 MAX_PLAYERS = 50
 Changes = list[str | None]
@@ -26,4 +28,16 @@ async def sqlite() -> AsyncIterator[tuple[Store, Changes]]:
             await store.close()
 
 
-STORES: dict[str, Callable[[], AbstractAsyncContextManager[tuple[Store, Changes]]]] = {"sqlite": sqlite}
+@asynccontextmanager
+async def redis() -> AsyncIterator[tuple[Store, Changes]]:
+    async with redis_server() as url:
+        changes: Changes = []
+        store = RedisStore(url, MAX_PLAYERS)
+        await store.open(changes.append)
+        try:
+            yield store, changes
+        finally:
+            await store.close()
+
+
+STORES: dict[str, Callable[[], AbstractAsyncContextManager[tuple[Store, Changes]]]] = {"sqlite": sqlite, "redis": redis}
