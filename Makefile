@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OURS := server.py config.py background.py handlers protocol services sandbox tools bench
+OURS := server.py config.py background.py processes.py handlers protocol services sandbox tools bench
 ARGS ?=
 
 .PHONY: serve test check corpus bench clean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import ipaddress
 import logging
 import os
@@ -22,6 +23,7 @@ from handlers.app import AppServices, AppSocket
 from handlers.base import Transport
 from handlers.dev import DevSocket
 from handlers.http import HealthHandler, SchemaHandler, StartHandler
+from processes import CANNOT_SERVE, reserved, run_all
 from protocol.errors import CloseCode
 from protocol.schema import Schemas
 from sandbox.engine import Engine, EngineUnavailable
@@ -60,17 +62,17 @@ class Running:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Running]:
-    """The whole server, for as long as the block lasts.
+async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]:
+    """The whole server, for as long as the block lasts. `number` counts the processes of one server.
 
     Raises:
         CannotServe: the engine or the address cannot be had.
     """
     async with AsyncExitStack() as parts:
         schemas = Schemas()
-        engine = await _open_engine(settings)
+        engine = await _open_engine(settings, number)
         parts.push_async_callback(engine.close)
-        runs = Runs(engine, settings.max_runs, settings.queue_size)
+        runs = Runs(engine, -(-settings.max_runs // settings.processes), settings.queue_size)
         terms = _terms(settings)
         transport = Transport(
             schemas, settings.outbox_bytes, settings.max_requests, settings.ping_s, settings.allowed_origins
@@ -118,9 +120,9 @@ def is_loopback(address: str) -> bool:
         return address == "localhost"
 
 
-async def _open_engine(settings: Settings) -> Engine:
+async def _open_engine(settings: Settings, number: int) -> Engine:
     makers: dict[str, Callable[[], Engine]] = {
-        "nsjail": lambda: NsjailEngine(settings.python, settings.node, settings.warm),
+        "nsjail": lambda: NsjailEngine(settings.python, settings.node, settings.warm, number),
         "subprocess": lambda: SubprocessEngine(settings.python, settings.node),
     }
     names = list(makers) if settings.engine == "auto" else [settings.engine]
@@ -181,7 +183,7 @@ def _terms(settings: Settings) -> Terms:
 def _listen(application: Application, settings: Settings) -> tuple[HTTPServer, int]:
     server = HTTPServer(application)
     try:
-        sockets = bind_sockets(settings.port, settings.address)
+        sockets = bind_sockets(settings.port, settings.address, reuse_port=settings.processes > 1)
     except OSError as failure:
         place = f"{settings.address}:{settings.port}"
         raise CannotServe(
@@ -199,11 +201,11 @@ async def _say_farewell(transport: Transport) -> None:
         await asyncio.wait_for(transport.deserted(), FAREWELL_SECONDS)
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve(settings: Settings, number: int) -> None:
     stop = asyncio.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(name, stop.set)
-    async with running(settings) as server:
+    async with running(settings, number) as server:
         log.info("listening on http://%s:%d, engine %s", server.address, server.port, server.engine)
         await stop.wait()
         log.info("stopping")
@@ -214,10 +216,25 @@ def main(argv: list[str]) -> int:
     try:
         settings = read_settings(argv, os.environ)
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        asyncio.run(_serve(settings))
-    except (BadSetting, CannotServe) as failure:
+        if settings.processes == 1:
+            return _serve_alone(settings, 0)
+        if settings.store == "sqlite":
+            raise CannotServe("several --processes need a store that they can share: --store redis://…")
+        with reserved(settings.address, settings.port) as port:
+            shared = dataclasses.replace(settings, port=port)
+            return run_all(settings.processes, lambda number: _serve_alone(shared, number))
+    except (BadSetting, CannotServe, OSError) as failure:
         print(f"server.py: {failure}", file=sys.stderr)
-        return 2
+        return CANNOT_SERVE
+
+
+def _serve_alone(settings: Settings, number: int) -> int:
+    """One process; gives its exit code."""
+    try:
+        asyncio.run(_serve(settings, number))
+    except CannotServe as failure:
+        print(f"server.py: {failure}", file=sys.stderr)
+        return CANNOT_SERVE
     return 0
 
 

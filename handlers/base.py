@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import deque
@@ -31,6 +32,8 @@ LAST_WORDS_SECONDS = 1.0
 """How long a client that is to be closed for bad messages still gets an answer to each, so that it can tell why."""
 PATIENCE_SECONDS = 20.0
 """How long an answer waits for room in the outbox of a client that reads nothing."""
+ROOM_SECONDS = 0.5
+"""How long a client with too many requests under way is not read before the next one is refused."""
 SILENT_PINGS = 2.5
 """A client of whom nothing, not even a pong, was heard for so many ping intervals is gone."""
 
@@ -80,6 +83,7 @@ class ProtocolSocket(WebSocketHandler):
         self._wire = Wire(self)
         self._bad: deque[float] = deque(maxlen=BAD_MESSAGES)
         self._under_way = 0
+        self._answered = asyncio.Event()
         self._heard = time.monotonic()
         self._chores: list[asyncio.Task[None]] = []
         self._last_words: asyncio.TimerHandle | None = None
@@ -105,6 +109,7 @@ class ProtocolSocket(WebSocketHandler):
     def open(self, *args: str, **kwargs: str) -> None:
         """A client has connected."""
         self.set_nodelay(True)
+        self._wire.bound()
         self.transport.open_sockets.add(self)
         self._chores = [spawn(self._send(), name="send"), spawn(self._beat(), name="heartbeat")]
 
@@ -117,7 +122,7 @@ class ProtocolSocket(WebSocketHandler):
                 raise ParseError("a binary frame is no message; send JSON as a text frame")
             message = decode(frame)
             self.transport.schemas.check(message, dev=self.dev)
-            self._begin(message)
+            await self._begin(message)
         except Refusal as refusal:
             self.refuse(refusal, message)
         await asyncio.sleep(0)  # frames that are here already must not keep the other connections waiting
@@ -189,8 +194,12 @@ class ProtocolSocket(WebSocketHandler):
 
     # Answering
 
-    def _begin(self, message: Message) -> None:
+    async def _begin(self, message: Message) -> None:
         limit = self.transport.max_requests
+        if self._under_way >= limit:
+            self._answered.clear()
+            with contextlib.suppress(TimeoutError):  # what has just been asked for is often about to be answered
+                await asyncio.wait_for(self._answered.wait(), ROOM_SECONDS)
         if self._under_way >= limit:
             raise RateLimited(
                 f"{self._under_way} requests of this connection are under way; the limit is {limit} (--max-requests)",
@@ -211,6 +220,7 @@ class ProtocolSocket(WebSocketHandler):
             self.refuse(Internal("the server failed; its log has more", **self.confession(fault)), message)
         finally:
             self._under_way -= 1
+            self._answered.set()
 
     def refuse(self, refusal: Refusal, message: Message | None) -> None:
         """Answers a message with an error; too many bad ones close the connection."""

@@ -6,8 +6,13 @@ own `write_message` does, which makes a Future, a frame and an asyncio Task for 
 
 from __future__ import annotations
 
+import asyncio
+import socket
+
 from tornado.iostream import IOStream, StreamClosedError
 from tornado.websocket import WebSocketHandler
+
+SEND_BUFFER_BYTES = 256 << 10
 
 
 class Wire:
@@ -15,6 +20,11 @@ class Wire:
 
     def __init__(self, handler: WebSocketHandler) -> None:
         self._handler = handler
+
+    def bound(self) -> None:
+        """Limits what the kernel holds for a client that does not read; by itself it would hold megabytes."""
+        if (stream := self._stream()) is not None:
+            stream.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
 
     def send_now(self, frame: bytes) -> bool:
         """Whether the frame is on its way. What the kernel does not take of it, Tornado keeps and sends."""
@@ -39,7 +49,7 @@ class Wire:
         stream = self._stream()
         if stream is None:
             raise StreamClosedError
-        await stream.write(frame)
+        await asyncio.shield(stream.write(frame))  # a Future of Tornado's must not be cancelled
 
     def _stream(self) -> IOStream | None:
         connection = self._handler.ws_connection

@@ -29,6 +29,8 @@ HERE = Path(__file__).parent
 RUNTIME = Path("/var/lib/runboard/runtime")
 FIRST_UID = 2_000_000_000
 """User ids from here on are given to runs, one each at a time: far above any that a host gives to people."""
+UIDS = 100_000
+"""For each engine: more than it will ever need at once."""
 INSIDE_UID = 1000
 MARSHAL_VERSION = 4  # which every python from 3.4 on reads
 OWN_PROCESSES = 2
@@ -40,8 +42,8 @@ class NsjailEngine:
 
     name = "nsjail"
 
-    def __init__(self, python: Path | None = None, node: Path | None = None, warm: int = 1) -> None:
-        """`warm` jails wait for the next runs."""
+    def __init__(self, python: Path | None = None, node: Path | None = None, warm: int = 1, number: int = 0) -> None:
+        """`warm` jails wait for the next runs. `number` tells engines on one machine apart, which share no user ids."""
         self._wanted_python, self._wanted_node = python, node
         self._root = os.geteuid() == 0
         self._groups: Cgroups | SampledGroups | None = None
@@ -50,7 +52,7 @@ class NsjailEngine:
         self._jails: Ready[Jail] | None = None
         self._warm = warm
         self._free_uids: list[int] = []
-        self._uids = itertools.count(FIRST_UID)
+        self._uids = itertools.count(FIRST_UID + number * UIDS)
 
     async def open(self) -> None:
         """Finds nsjail, the interpreters and the control groups. Raises EngineUnavailable."""

@@ -93,12 +93,12 @@ class Board:
             place = self._ranked.index(_key(self._players[around]))
             first = max(0, min(place - limit // 2, len(self._ranked) - limit))
         rows: list[Row] = []
+        players, before = self._players, None
         for place, (minus, _, id) in enumerate(self._ranked.islice(first, first + limit), first + 1):
-            if not rows:
-                rank = self._better_than(-minus) + 1
-            elif rows[-1].score != -minus:
-                rank = place
-            rows.append(Row(rank, id, self._players[id].name, -minus))
+            if minus != before:
+                rank = place if rows else self._better_than(-minus) + 1
+                before = minus
+            rows.append(Row(rank, id, players[id].name, -minus))
         return rows
 
     def _better_than(self, score: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from protocol.errors import Conflict, InvalidMessage, NotFound, Overloaded
 from protocol.message import clip
@@ -31,8 +31,7 @@ class Player:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One line of a board. `score` is in millionths; equal scores share a rank."""
 
     rank: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from typing import Any
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from background import spawn
 from services.redis_scripts import ADD, BOARD, SAVE_TASKS, START
@@ -35,6 +36,7 @@ from services.store import (
     used_otherwise,
 )
 
+log = logging.getLogger(__name__)
 PREFIX = "runboard"
 CHANGED = f"{PREFIX}:changed"
 CONNECTIONS = 32
@@ -68,7 +70,7 @@ class RedisStore:
         self._board, self._save = self._redis.register_script(BOARD), self._redis.register_script(SAVE_TASKS)
         try:
             async with self._answering():
-                await self._redis.ping()
+                await self._warn_if_forgetful()
         except StoreUnavailable:
             await self._redis.aclose()
             await pool.disconnect()
@@ -76,6 +78,17 @@ class RedisStore:
         listening = asyncio.Event()
         self._listener = spawn(self._listen(listening), name="listen to redis")
         await listening.wait()
+
+    async def _warn_if_forgetful(self) -> None:
+        try:
+            found = await self._redis.config_get("append*")
+        except ResponseError:  # a Redis of others may keep its settings to itself
+            await self._redis.ping()
+            return
+        if (found.get("appendonly"), found.get("appendfsync")) != ("yes", "always"):
+            log.warning(
+                "Redis may forget what it acknowledged if it is killed: it wants `appendonly yes`, `appendfsync always`"
+            )
 
     async def close(self) -> None:
         """Disconnects."""

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OURS = ("background", "config", "protocol", "sandbox", "services", "handlers", "server")
+OURS = ("background", "config", "processes", "protocol", "sandbox", "services", "handlers", "server")
 MAY_IMPORT = {
     "background": (),
     "config": (),
+    "processes": (),
     "protocol": ("protocol",),
     "sandbox": ("background", "sandbox"),
     "services": ("background", "protocol", "services", "sandbox.model", "sandbox.engine"),

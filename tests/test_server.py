@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tornado.websocket import websocket_connect
+from tornado.websocket import WebSocketClosedError, websocket_connect
 
 from tests.conftest import GEN_TEST, SECOND, until
 from tests.handlers.client import Client, connected, serving
@@ -126,6 +126,60 @@ async def test_kill_9_leaves_no_jailed_process(tmp_path: Path) -> None:
 
         await until(lambda: not any(marked(mark)))
         client.connection.close()
+
+
+async def test_kill_9_among_ten_thousand_updates_loses_none_and_counts_none_twice(tmp_path: Path) -> None:
+    acknowledged: set[str] = set()
+
+    async def send_all(client: Client) -> None:
+        for number in range(10_000):
+            await client.send("updateScore", {"playerId": number % 7, "change": 1}, id=f"u{number}")
+            if number % 100 == 99:
+                await asyncio.sleep(0)
+
+    async with started(tmp_path) as (process, port):
+        client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws"))
+        await client.send("startGame", id="start")
+        with contextlib.suppress(WebSocketClosedError):
+            sending = asyncio.gather(send_all(client), return_exceptions=True)
+            while len(acknowledged) < 3000:
+                message = await client.hear()
+                if message["action"] == "ack":
+                    acknowledged.add(message["id"])
+            process.kill()
+            await sending
+        await client.leave()
+    acknowledged.discard("start")
+    async with started(tmp_path) as (_, port):
+        client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws"))
+        board = (await client.ask("getLeaderboard"))["data"]
+        assert sum(row["score"] for row in board) >= len(acknowledged)
+        sending = asyncio.gather(send_all(client))
+        waiting = {f"u{number}" for number in range(10_000)}
+        while waiting:
+            message = await client.hear(60)
+            if message["action"] == "ack":
+                waiting.discard(message["id"])
+        await sending
+        await client.send("getLeaderboard", id="g")
+        while (message := await client.hear()).get("id") != "g":
+            pass
+        assert sum(row["score"] for row in message["data"]) == 10_000
+        await client.leave()
+
+
+async def test_tasks_of_a_session_are_interrupted_by_kill_9(tmp_path: Path) -> None:
+    async with started(tmp_path) as (process, port):
+        client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws?session=me"))
+        await client.send("startTasks", {"tasks": [{"id": "a", "action": "sleep", "params": {"seconds": 1000}}]})
+        assert (await client.hear())["data"]["status"] == "running"
+        process.kill()
+        await client.leave()
+    async with started(tmp_path) as (_, port):
+        client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws?session=me"))
+        update = (await client.ask("getTasks"))["data"]
+        assert (update["taskId"], update["status"], update["result"]["code"]) == ("a", "failed", "INTERRUPTED")
+        await client.leave()
 
 
 async def test_200_runs_from_50_connections_are_200_right_outputs() -> None:
