@@ -19,8 +19,8 @@ from sandbox.engine import Engine
 from sandbox.nsjail import NsjailEngine
 from sandbox.subproc import SubprocessEngine
 
-SECOND = float(os.environ.get("RUNBOARD_TEST_SECOND", "1"))
-"""Every wait of a test is a multiple of this; on a slow machine set RUNBOARD_TEST_SECOND=5."""
+SECOND = float(os.environ.get("TEST_SECOND", "1"))
+"""Every wait of a test is a multiple of this; on a slow machine set TEST_SECOND=5."""
 
 ENGINES: dict[str, Callable[[], Engine]] = {"nsjail": NsjailEngine, "subprocess": SubprocessEngine}
 
