@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import zip_longest
+from math import isfinite
 from typing import Final
 
 from protocol.message import clip
@@ -61,7 +62,7 @@ def _same_number(expected: str, actual: str) -> bool:
         return int(expected) == int(actual)
     if NUMBER.fullmatch(expected) and NUMBER.fullmatch(actual):
         wanted, found = float(expected), float(actual)
-        return wanted == found or abs(wanted - found) <= TOLERANCE * max(1.0, abs(wanted))
+        return isfinite(wanted) and isfinite(found) and abs(wanted - found) <= TOLERANCE * max(1.0, abs(wanted))
     return False
 
 

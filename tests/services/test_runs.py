@@ -1,0 +1,180 @@
+"""The admission queue: bounded, fair, with an end for every run. Its engine here does as the test says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from protocol.errors import Conflict, NotFound, Overloaded, ShuttingDown
+from sandbox.engine import never_started
+from sandbox.model import Channel, Facts, Job, Outcome, Status
+from sandbox.verdict import conclude
+from services.runs import Runs
+from tests.conftest import within
+
+JOB = Job("python", "")
+
+
+class TestEngine:
+    """Each run lasts until it is let go, in the order in which they began."""
+
+    __test__ = False
+    name = "test"
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self._ends: list[asyncio.Future[Outcome]] = []
+
+    async def open(self) -> None: ...
+
+    async def close(self) -> None: ...
+
+    def warnings(self) -> list[str]:
+        return []
+
+    async def run(self, job: Job, channel: Channel) -> Outcome:
+        self.begun.append(job.code)
+        if job.code == "fail":
+            raise RuntimeError("broken")
+        end: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._ends.append(end)
+        cancelled = asyncio.ensure_future(channel.cancel.wait())
+        try:
+            await asyncio.wait({end, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+            return never_started(job) if cancelled.done() else conclude(job, Facts(exit_code=0), b"", b"")
+        finally:
+            cancelled.cancel()
+
+    def let_go(self) -> None:
+        self._ends.pop(0).set_result(conclude(JOB, Facts(exit_code=0), b"", b""))
+
+
+def on(test: Callable[[Runs, TestEngine], Awaitable[None]], max_runs: int = 1, queue_size: int = 10) -> None:
+    async def main() -> None:
+        engine = TestEngine()
+        runs = Runs(engine, max_runs, queue_size)
+        await within(test(runs, engine))
+        await within(runs.close(0))
+        assert runs.counts == {"running": 0, "queued": 0}
+        assert not runs._entries
+        assert not runs._named
+        assert not runs._queues
+
+    asyncio.run(main())
+
+
+async def begun(engine: TestEngine, count: int) -> None:
+    while len(engine.begun) < count:
+        await asyncio.sleep(0)
+
+
+def start(runs: Runs, owner: str, code: str = "", **more: object) -> asyncio.Task[tuple[Outcome, float]]:
+    return asyncio.create_task(runs.run(Job("python", code), owner, **more))  # type: ignore[arg-type]
+
+
+def test_connections_take_turns_however_much_one_asks_for() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        waiting = [start(runs, "greedy", f"greedy {n}") for n in range(5)]
+        await asyncio.sleep(0)
+        waiting += [start(runs, "modest", "modest"), start(runs, "other", "other")]
+        for count in range(1, 8):
+            await begun(engine, count)
+            engine.let_go()
+        await asyncio.gather(*waiting)
+
+        assert engine.begun[:4] == ["greedy 0", "greedy 1", "modest", "other"]
+
+    on(test)
+
+
+def test_a_full_queue_refuses_at_once_and_names_the_setting() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        waiting = [start(runs, "a"), start(runs, "a"), start(runs, "b")]
+        await begun(engine, 1)
+        with pytest.raises(Overloaded, match=r"the limit is 2 \(--queue-size") as caught:
+            await runs.run(JOB, "c")
+        assert caught.value.details == {"limit": 2, "retryAfterMs": 1000}
+        waiting.append(start(runs, "c", of_task=True))
+        for count in range(1, 5):
+            await begun(engine, count)
+            engine.let_go()
+        assert all(outcome.status is Status.OK for outcome, _ in await asyncio.gather(*waiting))
+
+    on(test, queue_size=2)
+
+
+def test_a_run_can_be_cancelled_in_the_queue_and_under_way() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        first, second = start(runs, "a", name="first"), start(runs, "a", name="second")
+        await begun(engine, 1)
+        with pytest.raises(Conflict):
+            await runs.run(JOB, "a", "first")
+        with pytest.raises(NotFound):
+            runs.cancel("b", "first")
+        runs.cancel("a", "second")
+        assert (await second)[0].status is Status.CANCELLED
+        runs.cancel("a", "first")
+        assert (await first)[0].status is Status.CANCELLED
+        with pytest.raises(NotFound):
+            runs.cancel("a", "first")
+        assert engine.begun == [""]
+
+    on(test)
+
+
+def test_all_runs_of_a_connection_end_with_it_and_no_others() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        gone = [start(runs, "gone") for _ in range(3)]
+        stays = start(runs, "stays", "stays")
+        await begun(engine, 1)
+        runs.leave("gone")
+        await asyncio.gather(*gone)
+        await begun(engine, 2)
+        assert engine.begun[-1] == "stays"
+        engine._ends.pop(0)
+        engine.let_go()
+        assert (await stays)[0].status is Status.OK
+
+    on(test)
+
+
+def test_an_engine_that_fails_gives_an_internal_error_and_the_next_run_has_its_turn() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        outcome, _ = await runs.run(Job("python", "fail"), "a")
+        assert outcome.status is Status.INTERNAL_ERROR
+        after = start(runs, "a")
+        await begun(engine, 2)
+        engine.let_go()
+        assert (await after)[0].status is Status.OK
+
+    on(test)
+
+
+def test_whoever_waits_and_is_cancelled_frees_the_place() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        first, second, third = start(runs, "a"), start(runs, "a"), start(runs, "a", "third")
+        await begun(engine, 1)
+        second.cancel()
+        first.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        await begun(engine, 2)
+        assert engine.begun[-1] == "third"
+        engine._ends.pop(0)
+        engine.let_go()
+        await third
+
+    on(test)
+
+
+def test_a_closed_queue_takes_nothing_and_ends_what_is_under_way() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        waiting = [start(runs, "a"), start(runs, "b")]
+        await begun(engine, 1)
+        await runs.close(0)
+        assert all(outcome.status is Status.CANCELLED for outcome, _ in await asyncio.gather(*waiting))
+        with pytest.raises(ShuttingDown):
+            await runs.run(JOB, "a")
+
+    on(test)
