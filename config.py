@@ -58,7 +58,11 @@ class Settings:
     max_runs: int = _setting(max(2, os.cpu_count() or 2), "Runs", "programs that run at once", least=1)
     warm: int = _setting(os.cpu_count() or 1, "Runs", "jails that wait ready for the next runs", least=0)
     drain_s: float = _setting(5.0, "Runs", "seconds that runs may still take when the server is stopped", least=0)
-    queue_size: int = _setting(1000, "Runs", "programs that may wait for their turn", least=0)
+    queue_size: int = _setting(2000, "Runs", "programs that may wait for their turn", least=0)
+    max_runs_per_connection: int = _setting(
+        max(2, os.cpu_count() or 2), "Runs", "programs of one connection that run at once", least=1
+    )
+    max_queued_per_connection: int = _setting(1000, "Runs", "programs of one connection that may wait", least=0)
     wall_ms: int = _setting(10_000, "Limits", "wall time of a program, in milliseconds", least=1)
     cpu_ms: int = _setting(10_000, "Limits", "CPU time of a program, in milliseconds", least=1)
     memory_bytes: int = _setting(256 * MIB, "Limits", "memory of a program, in bytes", least=16 * MIB)

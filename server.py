@@ -36,7 +36,7 @@ from services.actions.sleep import sleep_action
 from services.hub import Hub
 from services.jobs import Terms
 from services.leaderboard import Leaderboard
-from services.runs import Runs
+from services.runs import Bounds, Runs
 from services.store import Store, StoreUnavailable
 from services.store_redis import RedisStore
 from services.store_sqlite import SqliteStore
@@ -72,7 +72,7 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
         schemas = Schemas()
         engine = await _open_engine(settings, number)
         parts.push_async_callback(engine.close)
-        runs = Runs(engine, -(-settings.max_runs // settings.processes), settings.queue_size)
+        runs = Runs(engine, _bounds(settings))
         terms = _terms(settings)
         transport = Transport(
             schemas, settings.outbox_bytes, settings.max_requests, settings.ping_s, settings.allowed_origins
@@ -166,6 +166,16 @@ def _task_actions(settings: Settings, schemas: Schemas, runs: Runs, terms: Terms
         *added,
     ]
     return {action.name: action for action in actions}
+
+
+def _bounds(settings: Settings) -> Bounds:
+    """What one process may do; the processes of one server share the machine."""
+    return Bounds(
+        running=-(-settings.max_runs // settings.processes),
+        queued=settings.queue_size,
+        running_of_one=settings.max_runs_per_connection,
+        queued_of_one=settings.max_queued_per_connection,
+    )
 
 
 def _terms(settings: Settings) -> Terms:

@@ -9,15 +9,21 @@ from typing import Any
 
 from background import spawn
 from handlers.base import Method, ProtocolSocket, Transport, ack
-from protocol.errors import CloseCode, InvalidMessage, Overloaded, UnknownAction
+from protocol.errors import CloseCode, InvalidMessage, Overloaded
 from protocol.frame import text_frame
 from protocol.message import Message, clip, encode
 from services.hub import Hub
 from services.jobs import Terms, job_of, output_of
 from services.leaderboard import Leaderboard
+from services.live import LiveOutput
 from services.runs import Runs
 from services.store import StoreUnavailable
 from services.tasks import Tasks, Update
+
+
+def _chunk(stream: str, text: str, id: str | int | None) -> Message:
+    return Message("outputChunk", {"stream": stream, "text": text}, id=id)
+
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 DEFAULT_ROOM = "default"
@@ -58,7 +64,7 @@ class AppSocket(ProtocolSocket):
         return {
             "runCode": self.run_code,
             "cancelRun": self.cancel_run,
-            "sendInput": self.not_yet,
+            "sendInput": self.send_input,
             "startTasks": self.start_tasks,
             "cancelTasks": self.cancel_tasks,
             "getTasks": self.get_tasks,
@@ -87,8 +93,22 @@ class AppSocket(ProtocolSocket):
 
     async def run_code(self, message: Message) -> Message:
         """Runs a program."""
-        job = job_of(message.data, self._terms)
-        outcome, queue_ms = await self._runs.run(job, owner=self, name=message.id)
+        data, id = message.data, message.id
+        job = job_of(data, self._terms)
+        if data.get("interactive") and id is None:
+            raise InvalidMessage("an interactive run needs an id, by which sendInput names it", path="/id")
+        live = LiveOutput(lambda stream, text: self.deliver(_chunk(stream, text, id))) if data.get("stream") else None
+
+        def tell(status: str, position: int | None) -> None:
+            if live:
+                told = {"status": status} if position is None else {"status": status, "position": position}
+                self.tell(text_frame(encode(Message("runStatus", told, id=id))))
+
+        outcome, queue_ms = await self._runs.run(
+            job, self, id, emit=live.emit if live else None, interactive=data.get("interactive", False), tell=tell
+        )
+        if live:
+            await live.finish(outcome)
         return Message("output", output_of(outcome, queue_ms), id=message.id)
 
     async def cancel_run(self, message: Message) -> Message | None:
@@ -96,9 +116,11 @@ class AppSocket(ProtocolSocket):
         self._runs.cancel(self, message.data["run"])
         return ack(message)
 
-    async def not_yet(self, message: Message) -> Message:
-        """A good message whose service this release does not have."""
-        raise UnknownAction(f"{message.action} is part of the protocol, but this server does not offer it yet")
+    async def send_input(self, message: Message) -> Message | None:
+        """Feeds a run of this connection."""
+        data = message.data
+        self._runs.feed(self, data["run"], data.get("text", ""), end=data.get("end", False))
+        return ack(message)
 
     # Tasks
 

@@ -93,16 +93,52 @@ class Outcome:
     facts: Facts
 
 
+class Feed:
+    """Standard input that comes while a run lasts. The client's side pushes, the run's side takes."""
+
+    def __init__(self) -> None:
+        self.ended = False
+        self._waiting = bytearray()
+        self._wake: Callable[[], None] = lambda: None
+
+    def __len__(self) -> int:
+        """Bytes that the run has not taken yet."""
+        return len(self._waiting)
+
+    def push(self, text: bytes) -> None:
+        """More to read."""
+        self._waiting += text
+        self._wake()
+
+    def end(self) -> None:
+        """Nothing more will come: the run finds the end of the file."""
+        self.ended = True
+        self._wake()
+
+    def attach(self, wake: Callable[[], None]) -> None:
+        """`wake` is called whenever there is something to take."""
+        self._wake = wake
+
+    def take(self, count: int) -> bytes:
+        """The first `count` bytes, which stay until `taken` says how many of them were used."""
+        return bytes(self._waiting[:count])
+
+    def taken(self, count: int) -> None:
+        """So many bytes are read."""
+        del self._waiting[:count]
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
     """What flows between a run and its client while it lasts.
 
     `emit` takes the bytes of a stream as they come and may neither wait nor raise. Setting `cancel` ends the run,
-    which then still gives its Outcome.
+    which then still gives its Outcome. `feed` is standard input after the Job's own; without one it ends with that.
     """
 
     emit: Callable[[Stream, bytes], None] = lambda stream, chunk: None
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
+    feed: Feed | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from background import spawn
-from sandbox.model import Channel, Facts, Job, Outcome, Stream, Usage
+from sandbox.model import Channel, Facts, Feed, Job, Outcome, Stream, Usage
 from sandbox.verdict import conclude
 
-READ_BYTES = 1 << 16
+READ_BYTES = WRITE_BYTES = 1 << 16
 PIPE_GRACE_S = 0.25
 """How long an ended run's pipes may take to close: what holds them then is not of the run."""
 CPU_CHECK_FLOOR_S = 0.005
@@ -56,7 +56,7 @@ class Watch:
         self._clocks: dict[str, asyncio.TimerHandle] = {}
         self._out = _Reader(pipes.stdout, job.limits.output_bytes, self._printed("stdout"))
         self._err = _Reader(pipes.stderr, job.limits.output_bytes, self._printed("stderr"))
-        self._in = _Writer(pipes.stdin, job.stdin.encode("utf-8", "surrogatepass"))
+        self._in = _Writer(pipes.stdin, job.stdin.encode("utf-8", "surrogatepass"), channel.feed)
 
     def started(self, at: float) -> None:
         """The program's first instruction was at `at` (seconds, monotonic clock): from there its time counts."""
@@ -198,15 +198,19 @@ class _Reader:
 
 
 class _Writer:
-    """Feeds a text into a pipe as fast as the program reads it, then closes it."""
+    """Feeds a text, and then what the feed brings, into a pipe as fast as the program reads; then closes it."""
 
-    def __init__(self, fd: int, text: bytes) -> None:
+    def __init__(self, fd: int, text: bytes, feed: Feed | None) -> None:
         self._fd = fd
-        self._left = memoryview(text)
+        self._feed = Feed() if feed is None else feed
         os.set_blocking(fd, False)
+        later = self._feed.take(len(self._feed))
+        self._feed.taken(len(later))
+        self._feed.push(text + later)
+        if feed is None:
+            self._feed.end()
+        self._feed.attach(self._write)
         self._write()
-        if self._fd >= 0:
-            asyncio.get_running_loop().add_writer(fd, self._write)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -215,12 +219,19 @@ class _Writer:
             self._fd = -1
 
     def _write(self) -> None:
-        try:
-            if self._left:
-                self._left = self._left[os.write(self._fd, self._left) :]
-        except BlockingIOError:
+        """Writes what fits. The loop calls again when there is room, the feed when there is more."""
+        if self._fd < 0:
             return
-        except BrokenPipeError:
-            self._left = self._left[:0]
-        if not self._left:
+        loop = asyncio.get_running_loop()
+        try:
+            while piece := self._feed.take(WRITE_BYTES):
+                self._feed.taken(os.write(self._fd, piece))
+        except BlockingIOError:
+            loop.add_writer(self._fd, self._write)
+            return
+        except BrokenPipeError:  # it reads no more
+            self.close()
+            return
+        loop.remove_writer(self._fd)
+        if self._feed.ended:
             self.close()

@@ -36,7 +36,9 @@ TERMS = {
     "outputBytes": _Term("output_bytes", "bytes", "--max-output-bytes"),
     "processes": _Term("processes", "processes", "--max-run-processes"),
 }
-NOT_YET = ("stream", "interactive", "files", "returnFiles")
+NOT_YET = ("files", "returnFiles")
+LIVE = ("stream", "interactive")
+"""What only a connection can have, and so no task."""
 
 
 def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:

@@ -6,16 +6,21 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import deque
-from collections.abc import Hashable
+from collections import Counter, deque
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from protocol.errors import Conflict, NotFound, Overloaded, ShuttingDown
+from protocol.errors import Conflict, NotFound, Overloaded, PayloadTooLarge, ShuttingDown
 from sandbox.engine import Engine, failed_outcome, never_started
-from sandbox.model import Channel, Job, Outcome
+from sandbox.model import Channel, Feed, Job, Outcome, Stream
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_MS = 1000
+MAX_UNREAD_BYTES = 1 << 20
+"""Standard input that may wait for a run to read it."""
+
+Emit = Callable[[Stream, bytes], None]
+Tell = Callable[[str, int | None], None]
 
 
 @dataclass(eq=False, slots=True)
@@ -28,16 +33,31 @@ class _Entry:
     queued_at: float = field(default_factory=time.monotonic)
 
 
+def _channel(emit: Emit | None, interactive: bool) -> Channel:
+    feed = Feed() if interactive else None
+    return Channel(feed=feed) if emit is None else Channel(emit, feed=feed)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many runs may be under way and may wait, in all and of one connection."""
+
+    running: int
+    queued: int
+    running_of_one: int
+    queued_of_one: int
+
+
 class Runs:
     """Runs Jobs on an engine, so many at once; the rest wait, connection by connection in turn.
 
     An `owner` stands for a connection: any hashable thing.
     """
 
-    def __init__(self, engine: Engine, max_runs: int, queue_size: int) -> None:
+    def __init__(self, engine: Engine, bounds: Bounds) -> None:
         self._engine = engine
-        self._max_runs = max_runs
-        self._queue_size = queue_size
+        self._bounds = bounds
+        self._running_of: Counter[Hashable] = Counter()
         self._queues: dict[Hashable, deque[_Entry]] = {}  # in the order in which owners have their next turn
         self._queued = 0
         self._running = 0
@@ -57,33 +77,39 @@ class Runs:
         job: Job,
         owner: Hashable,
         name: str | int | None = None,
-        channel: Channel | None = None,
         *,
+        emit: Emit | None = None,
+        interactive: bool = False,
         of_task: bool = False,
+        tell: Tell = lambda status, position: None,
     ) -> tuple[Outcome, float]:
         """Runs `job` when it is its turn; gives its Outcome and how long it waited, in milliseconds.
 
+        `emit` gets the output as it comes. An interactive run's standard input is what `feed` brings.
+
         A run `of_task` may wait in a full queue too: tasks are bounded themselves, and a task that was accepted must
-        not fail because others are busy.
+        not fail because others are busy. `tell` hears `queued` with a position, if the run has to wait, and `running`.
 
         Raises:
             Overloaded: the queue is full.
             Conflict: `owner` has a run of that name already.
             ShuttingDown: the server is about to stop.
         """
-        entry = self._admit(job, owner, name, channel or Channel(), bounded=not of_task)
+        entry = self._admit(job, owner, name, _channel(emit, interactive), bounded=not of_task)
         try:
+            if not entry.turn.done():
+                tell("queued", self._position(entry, owner))
             if not await self._has_its_turn(entry, owner):
                 return never_started(job), (time.monotonic() - entry.queued_at) * 1000
             queue_ms = (time.monotonic() - entry.queued_at) * 1000
+            tell("running", None)
             try:
                 return await self._engine.run(job, entry.channel), queue_ms
             except Exception:
                 log.exception("the %s engine failed", self._engine.name)
                 return failed_outcome(job, "the engine failed; the server's log has more"), queue_ms
             finally:
-                self._running -= 1
-                self._give_turns()
+                self._give_back(owner)
         finally:
             self._forget(entry, owner, name)
 
@@ -97,6 +123,33 @@ class Runs:
         if entry is None:
             raise NotFound(f"this connection has no run {name!r} under way", path="/data/run")
         self._end(entry)
+
+    def feed(self, owner: Hashable, name: str | int, text: str, *, end: bool) -> None:
+        """More standard input for a run, queued or under way.
+
+        Raises:
+            NotFound: `owner` has no such run now.
+            Conflict: its standard input does not take any.
+            PayloadTooLarge: more would wait than a run may leave unread.
+        """
+        entry = self._named.get((owner, name))
+        if entry is None:
+            raise NotFound(f"this connection has no run {name!r} under way", path="/data/run")
+        feed = entry.channel.feed
+        if feed is None:
+            raise Conflict(f"the run {name!r} was not started with interactive: true", path="/data/run")
+        if feed.ended:
+            raise Conflict(f"standard input of the run {name!r} was ended before", path="/data/run")
+        added = text.encode("utf-8", "surrogatepass")
+        if len(feed) + len(added) > MAX_UNREAD_BYTES:
+            raise PayloadTooLarge(
+                f"the run {name!r} has left {len(feed)} bytes unread; {len(added)} more would be over the limit of"
+                f" {MAX_UNREAD_BYTES} bytes (fixed by the protocol)",
+                path="/data/text", limit=MAX_UNREAD_BYTES,
+            )  # fmt: skip
+        feed.push(added)
+        if end:
+            feed.end()
 
     def leave(self, owner: Hashable) -> None:
         """Ends all runs of a connection that is gone."""
@@ -120,11 +173,8 @@ class Runs:
     def _admit(self, job: Job, owner: Hashable, name: str | int | None, channel: Channel, *, bounded: bool) -> _Entry:
         if self._closed:
             raise ShuttingDown("the server is about to stop; connect again in a moment")
-        if bounded and self._running >= self._max_runs and self._queued >= self._queue_size:
-            raise Overloaded(
-                f"{self._queued} runs wait already, and the limit is {self._queue_size} (--queue-size)",
-                limit=self._queue_size, retryAfterMs=RETRY_AFTER_MS,
-            )  # fmt: skip
+        if bounded:
+            self._check_room(owner)
         if name is not None and (owner, name) in self._named:
             raise Conflict(f"this connection has a run {name!r} under way already", path="/id")
         entry = _Entry(job, channel, asyncio.get_running_loop().create_future())
@@ -145,8 +195,7 @@ class Runs:
             if entry.turn.cancelled() and entry.channel.cancel.is_set():
                 return False
             if not entry.turn.cancelled():  # the turn had come, but whoever waited for it is gone
-                self._running -= 1
-                self._give_turns()
+                self._give_back(owner)
             raise
         finally:
             queue = self._queues.get(owner)
@@ -155,10 +204,37 @@ class Runs:
                 self._queued -= 1
         return True
 
+    def _check_room(self, owner: Hashable) -> None:
+        """Refuses a run that would have to wait where as many wait as may."""
+        bounds, own = self._bounds, len(self._queues.get(owner, ()))
+        if self._may_run(owner) and own == 0:
+            return
+        if own >= bounds.queued_of_one:
+            raise Overloaded(
+                f"{own} runs of this connection wait already, and the limit is {bounds.queued_of_one}"
+                " (--max-queued-per-connection)",
+                limit=bounds.queued_of_one, retryAfterMs=RETRY_AFTER_MS,
+            )  # fmt: skip
+        if self._queued >= bounds.queued:
+            raise Overloaded(
+                f"{self._queued} runs wait already, and the limit is {bounds.queued} (--queue-size)",
+                limit=bounds.queued, retryAfterMs=RETRY_AFTER_MS,
+            )  # fmt: skip
+
+    def _may_run(self, owner: Hashable) -> bool:
+        return self._running < self._bounds.running and self._running_of[owner] < self._bounds.running_of_one
+
+    def _position(self, entry: _Entry, owner: Hashable) -> int:
+        """How many turns it takes until it is this run's, if nobody else comes: 1 for the next."""
+        before = self._queues[owner].index(entry)
+        owners = list(self._queues)
+        place = owners.index(owner)
+        earlier = sum(min(len(self._queues[other]), before + 1) for other in owners[:place])
+        return 1 + before + earlier + sum(min(len(self._queues[other]), before) for other in owners[place + 1 :])
+
     def _give_turns(self) -> None:
-        while self._running < self._max_runs and self._queues:
-            owner, queue = next(iter(self._queues.items()))
-            del self._queues[owner]
+        while (owner := next((owner for owner in self._queues if self._may_run(owner)), None)) is not None:
+            queue = self._queues.pop(owner)
             entry = queue.popleft() if queue else None
             if queue:
                 self._queues[owner] = queue  # behind all the others
@@ -167,6 +243,15 @@ class Runs:
                 if not entry.turn.done():
                     entry.turn.set_result(None)
                     self._running += 1
+                    self._running_of[owner] += 1
+
+    def _give_back(self, owner: Hashable) -> None:
+        """A run is over: its place is the next one's."""
+        self._running -= 1
+        self._running_of[owner] -= 1
+        if not self._running_of[owner]:
+            del self._running_of[owner]
+        self._give_turns()
 
     def _end(self, entry: _Entry) -> None:
         entry.channel.cancel.set()

@@ -39,7 +39,7 @@ def updated(text: str, name: str, table: str) -> str:
 
 def _default(field: dataclasses.Field[object]) -> str:
     # A document must not depend on the machine that made it.
-    return "processors" if field.name in ("max_runs", "warm") else shown(field.default)
+    return "processors" if field.name in ("max_runs", "max_runs_per_connection", "warm") else shown(field.default)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from protocol.errors import InvalidMessage
 from protocol.schema import Schemas
 from sandbox.model import Status
-from services.jobs import Terms, job_of, output_of
+from services.jobs import LIVE, Terms, job_of, output_of
 from services.runs import Runs
 from services.task_action import Failed, Params, Report, TaskAction
 
@@ -16,6 +17,9 @@ def run_code_action(schemas: Schemas, runs: Runs, terms: Terms) -> TaskAction:
     """The action; params are the data of the message `runCode`."""
 
     def check(params: Params, at: str) -> None:
+        for name in LIVE:
+            if params.get(name):
+                raise InvalidMessage(f"a task cannot have {name}; the message runCode can", path=f"{at}/{name}")
         job_of(params, terms, at)
 
     async def run_code(params: Params, progress: Report) -> dict[str, Any]:

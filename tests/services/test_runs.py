@@ -11,7 +11,7 @@ from protocol.errors import Conflict, NotFound, Overloaded, ShuttingDown
 from sandbox.engine import never_started
 from sandbox.model import Channel, Facts, Job, Outcome, Status
 from sandbox.verdict import conclude
-from services.runs import Runs
+from services.runs import Bounds, Runs
 from tests.conftest import within
 
 JOB = Job("python", "")
@@ -54,7 +54,7 @@ class TestEngine:
 def on(test: Callable[[Runs, TestEngine], Awaitable[None]], max_runs: int = 1, queue_size: int = 10) -> None:
     async def main() -> None:
         engine = TestEngine()
-        runs = Runs(engine, max_runs, queue_size)
+        runs = Runs(engine, Bounds(max_runs, queue_size, max_runs, 1000))
         await within(test(runs, engine))
         await within(runs.close(0))
         assert runs.counts == {"running": 0, "queued": 0}
@@ -176,5 +176,50 @@ def test_a_closed_queue_takes_nothing_and_ends_what_is_under_way() -> None:
         assert all(outcome.status is Status.CANCELLED for outcome, _ in await asyncio.gather(*waiting))
         with pytest.raises(ShuttingDown):
             await runs.run(JOB, "a")
+
+    on(test)
+
+
+def test_one_connection_has_no_more_than_its_share() -> None:
+    async def main() -> None:
+        engine = TestEngine()
+        runs = Runs(engine, Bounds(running=3, queued=100, running_of_one=2, queued_of_one=2))
+        waiting = [start(runs, "greedy", f"greedy {n}") for n in range(4)]
+        await begun(engine, 2)
+        with pytest.raises(Overloaded, match=r"2 runs of this connection wait already.*--max-queued-per-connection"):
+            await runs.run(JOB, "greedy")
+        waiting.append(start(runs, "modest", "modest"))
+        await begun(engine, 3)
+        assert engine.begun == ["greedy 0", "greedy 1", "modest"]
+        for count in range(4, 9):
+            engine.let_go()
+            await begun(engine, min(count, 5))
+        await asyncio.gather(*waiting)
+        assert not runs._running_of
+
+    asyncio.run(main())
+
+
+def test_whoever_waits_is_told_the_turns_until_its_own() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        heard: list[tuple[str, str, int | None]] = []
+
+        def teller(name: str) -> Callable[[str, int | None], None]:
+            return lambda status, position: heard.append((name, status, position))
+
+        order = ("a1", "a2", "a3", "b1", "c1", "b2")
+        waiting = []
+        for name in order:
+            waiting.append(start(runs, name[0], name, tell=teller(name)))
+            await asyncio.sleep(0)
+        assert heard == [
+            ("a1", "running", None), ("a2", "queued", 1), ("a3", "queued", 2), ("b1", "queued", 2), ("c1", "queued", 3),
+            ("b2", "queued", 5),
+        ]  # fmt: skip
+        for count in range(1, 7):
+            await begun(engine, count)
+            engine.let_go()
+        await asyncio.gather(*waiting)
+        assert [name for name, status, _ in heard if status == "running"] == ["a1", "a2", "b1", "c1", "a3", "b2"]
 
     on(test)

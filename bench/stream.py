@@ -1,0 +1,111 @@
+"""Live output: how soon the first byte arrives, how soon a run is cancelled, and quiet clients beside a flood.
+
+python -m bench.stream [--rounds N] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from websockets.asyncio.client import ClientConnection
+
+from bench.client import server, to
+
+STAMPED = "import time; t = time.time(); print(f'{t:.6f}'); time.sleep(0.3)"
+PRINTER = "import os\nwhile True:\n    os.write(1, b'x' * 65536)\n"
+QUIET = 20
+
+
+def run(code: str, id: str, **more: Any) -> str:
+    """A streaming runCode."""
+    data = {"language": "python", "code": code, "mode": "standalone", "stream": True, **more}
+    return json.dumps({"action": "runCode", "id": id, "data": data})
+
+
+async def next_of(connection: ClientConnection, action: str) -> dict[str, Any]:
+    """The next message of that action."""
+    while (message := json.loads(await connection.recv()))["action"] != action:
+        pass
+    return dict(message)
+
+
+async def first_byte(port: int, rounds: int) -> float:
+    """Median of ms from a program's print, by its own clock, to the client."""
+    times = []
+    async with to(port) as connection:
+        for number in range(rounds):
+            await connection.send(run(STAMPED, str(number)))
+            chunk = await next_of(connection, "outputChunk")
+            times.append((time.time() - float(chunk["data"]["text"])) * 1000)
+            await next_of(connection, "output")
+    return statistics.median(times)
+
+
+async def cancelled(port: int, rounds: int) -> float:
+    """Median of ms from cancelRun to the output."""
+    times = []
+    async with to(port) as connection:
+        for number in range(rounds):
+            await connection.send(run("print(1)\nwhile True: pass", str(number)))
+            await next_of(connection, "outputChunk")
+            begin = time.perf_counter()
+            await connection.send(json.dumps({"action": "cancelRun", "data": {"run": str(number)}}))
+            assert (await next_of(connection, "output"))["data"]["status"] == "cancelled"
+            times.append((time.perf_counter() - begin) * 1000)
+    return statistics.median(times)
+
+
+async def beside_a_flood(port: int, seconds: float, output_bytes: int) -> float:
+    """p99 of ms for the echo of 20 quiet clients while one program prints as fast as it can, run after run."""
+    times: list[float] = []
+    end = time.monotonic() + seconds
+
+    async def flood() -> None:
+        async with to(port) as connection:
+            while time.monotonic() < end:
+                await connection.send(run(PRINTER, "flood", limits={"outputBytes": output_bytes}))
+                await next_of(connection, "output")
+
+    async def quiet() -> None:
+        async with to(port, "/devws") as connection:
+            while time.monotonic() < end:
+                begin = time.perf_counter()
+                await connection.send('{"action":"echo","data":1}')
+                await connection.recv()
+                times.append((time.perf_counter() - begin) * 1000)
+                await asyncio.sleep(0.05)
+
+    await asyncio.gather(flood(), *(quiet() for _ in range(QUIET)))
+    return statistics.quantiles(times, n=100)[98]
+
+
+async def main(rounds: int, file: Path | None) -> None:
+    """Measures, and prints a line for each."""
+    async with server("--engine=nsjail") as port:
+        result: dict[str, Any] = {
+            "first_byte_ms": await first_byte(port, rounds),
+            "cancel_ms": await cancelled(port, rounds),
+            "echo_p99_ms": {f"{mib} MiB": await beside_a_flood(port, 5.0, mib << 20) for mib in (1, 8)},
+        }
+    print(f"a first byte arrives after {result['first_byte_ms']:.1f} ms (median)")
+    print(f"a run is over {result['cancel_ms']:.1f} ms after cancelRun (median)")
+    for size, p99 in result["echo_p99_ms"].items():
+        print(
+            f"{QUIET} quiet clients beside a program that prints {size} as fast as it can: echo in {p99:.1f} ms (p99)"
+        )
+    if file is not None:
+        file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    asyncio.run(main(options.rounds, options.json))
