@@ -19,6 +19,7 @@ from sandbox.process import Group, Pipes, Watch
 from sandbox.signals import signal_name
 
 SETUP_SECONDS = 10.0
+REPORT_BYTES = 1 << 16
 PR_SET_PDEATHSIG = 1
 
 
@@ -47,6 +48,9 @@ class Jail:
         self.leaf = leaf
         self.uid = uid
         self._log = bytearray()
+        self._files: dict[str, bytearray] = {}
+        self._files_cut = False
+        self._room = 0
         self._open: set[int] = set()
         stdin, self._stdin = self._pipe(write_end_is_ours=True)
         stdout, self._stdout = self._pipe(write_end_is_ours=False)
@@ -96,6 +100,7 @@ class Jail:
 
     async def watch(self, job: Job, channel: Channel) -> Outcome:
         """The run, from nsjail's start to its end."""
+        self._room = job.limits.output_bytes if job.return_files else 0
         loop = asyncio.get_running_loop()
         pipes = Pipes(self._stdin, self._stdout, self._stderr)
         self._open -= {self._stdin, self._stdout, self._stderr}  # the watch closes them
@@ -126,22 +131,30 @@ class Jail:
     def _heard(self, watch: Watch, setup: asyncio.TimerHandle) -> None:
         """A report of init.py; an end of file without one means that the jail was not made or did not last."""
         try:
-            words = self._report.recv(256).split()
+            report = self._report.recv(REPORT_BYTES)
         except BlockingIOError:
             return
         except OSError:
-            words = []
-        match words:
+            report = b""
+        kind, _, content = report.partition(b" ")
+        match [kind, *content.split()] if kind in (b"started", b"ended") else [kind]:
+            case [b"file"]:
+                self._files[content.decode("utf-8", "replace")] = bytearray()
+            case [b"data"] if self._files:
+                self._room -= len(content)
+                if self._room >= 0:  # init.py keeps to it, but whether it does is not ours to believe
+                    self._files[next(reversed(self._files))] += content
+            case [b"cut"]:
+                self._files_cut = True
             case [b"started", nanoseconds]:
                 setup.cancel()
                 watch.started(int(nanoseconds) / 1e9)
             case [b"ended", nanoseconds, status]:
                 code = os.waitstatus_to_exitcode(int(status))
                 at = int(nanoseconds) / 1e9
-                if code >= 0:
-                    watch.ended(at, exit_code=code)
-                else:
-                    watch.ended(at, signal=signal_name(-code))
+                how = {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
+                files = {name: bytes(text) for name, text in self._files.items()}
+                watch.ended(at, files=files, files_cut=self._files_cut, **how)
             case _:
                 asyncio.get_running_loop().remove_reader(self._report)
                 watch.lost(lambda: f"the jail could not be made: {self._reason()}")

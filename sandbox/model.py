@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Literal
@@ -42,12 +42,14 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One program to run, with everything that it is given."""
+    """One program to run, with everything that it is given. `files`: path below its folder → text."""
 
     language: Language
     code: str
     stdin: str = ""
     args: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    return_files: bool = False
     limits: Limits = field(default_factory=Limits)
 
 
@@ -66,6 +68,7 @@ class Facts:
 
     `exit_code` and `signal` (a name such as "SIGKILL") are of the program's first process; at most one is set.
     `wall_cut`, `cpu_cut`, `output_cut` and `cancelled` say that the engine ended the run, and why.
+    `files` are those that it left in its folder, if they were asked for; `files_cut`: some did not fit.
     `oom_kills` and `refused_forks` are the kernel's counts for the run. `engine_failure` is a sentence about a
     fault of ours: then the program's own end is not known.
     """
@@ -79,6 +82,8 @@ class Facts:
     oom_kills: int = 0
     refused_forks: int = 0
     engine_failure: str | None = None
+    files: Mapping[str, bytes] = field(default_factory=dict)
+    files_cut: bool = False
     usage: Usage = field(default_factory=Usage)
 
 

@@ -58,6 +58,7 @@ class NsjailEngine:
         """Finds nsjail, the interpreters and the control groups. Raises EngineUnavailable."""
         self._nsjail = find_nsjail()
         self._init = (HERE / "child" / "init.py").read_text()
+        self._collect = (HERE / "child" / "collect.py").read_text()
         self._policy = (HERE / "jail.cfg").read_text() + f"seccomp_string: {_quoted(kafel())}\n"
         self._python = find_python(self._wanted_python, not self._root, RUNTIME)
         node = find_node(self._wanted_node, not self._root, RUNTIME)
@@ -127,7 +128,8 @@ class NsjailEngine:
             {
                 "argv": command(job.language, interpreter, job.args),
                 "environment": environment(job.language, home="/work", scratch="/tmp"),  # noqa: S108 -- the jail's own
-                "files": {LANGUAGES[job.language].file_name: job.code},
+                "files": {**job.files, LANGUAGES[job.language].file_name: job.code},
+                "return_bytes": job.limits.output_bytes if job.return_files else 0,
             },
             MARSHAL_VERSION,
         )
@@ -153,6 +155,7 @@ class NsjailEngine:
             *(f"mount {{ src: {_quoted(str(self._interpreters[language].executable))} dst: {_quoted(link)}"
               " is_symlink: true }" for language, link in self._links()),
             f'mount {{ src_content: {_quoted(self._init)} dst: "/init.py" }}',
+            *([f'mount {{ src_content: {_quoted(self._collect)} dst: "/collect.py" }}'] if job.return_files else []),
         ]  # fmt: skip
 
         def complete(job_fd: int, report_fd: int, log_fd: int) -> str:

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from background import spawn
 from sandbox.model import Channel, Facts, Feed, Job, Outcome, Stream, Usage
@@ -67,11 +67,11 @@ class Watch:
         self._group.watch_oom(self.end)
         self._check_cpu()
 
-    def ended(self, at: float, *, exit_code: int | None = None, signal: str | None = None) -> None:
-        """The program's first process was over at `at`, unless we had ended it before."""
+    def ended(self, at: float, **facts: Any) -> None:
+        """The program's first process was over at `at`, unless we had ended it before; `facts` say how."""
         if not self._over.is_set():
             self._ended = at
-            self._facts = replace(self._facts, exit_code=exit_code, signal=signal)
+            self._facts = replace(self._facts, **facts)
             self._over.set()
 
     def lost(self, reason: Callable[[], str]) -> None:

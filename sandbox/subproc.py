@@ -9,8 +9,10 @@ import shutil
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from sandbox.child.collect import collect
 from sandbox.engine import EngineUnavailable
 from sandbox.interpreters import Interpreter, find_node, find_python
 from sandbox.jail import end_with_server
@@ -50,9 +52,15 @@ class SubprocessEngine:
         folder = Path(tempfile.mkdtemp(prefix="runboard-"))
         try:
             (folder / "tmp").mkdir()
-            program = folder / LANGUAGES[job.language].file_name
-            program.write_bytes(job.code.encode("utf-8", "surrogatepass"))
-            return await self._run_in(folder, job, channel)
+            for name, text in {**job.files, LANGUAGES[job.language].file_name: job.code}.items():
+                path = folder / "work" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(text.encode("utf-8", "surrogatepass"))
+            outcome = await self._run_in(folder, job, channel)
+            if job.return_files and outcome.facts.exit_code is not None:
+                files, cut = await asyncio.to_thread(collect, str(folder / "work"), job.limits.output_bytes)
+                outcome = replace(outcome, facts=replace(outcome.facts, files=files, files_cut=cut))
+            return outcome
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -62,8 +70,8 @@ class SubprocessEngine:
     async def _run_in(self, folder: Path, job: Job, channel: Channel) -> Outcome:
         process = subprocess.Popen(  # noqa: ASYNC220 -- asyncio's own waits for pipes that a grandchild may hold
             command(job.language, str(self._interpreters[job.language].executable), job.args),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder,
-            env=environment(job.language, home=str(folder), scratch=str(folder / "tmp")),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder / "work",
+            env=environment(job.language, home=str(folder / "work"), scratch=str(folder / "tmp")),
             preexec_fn=lambda: _limit_self(job.limits),
         )  # fmt: skip
         tree = ProcessTree()

@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from protocol.errors import ClusterUnavailable, InvalidMessage, PayloadTooLarge
+from protocol.message import clip, has_surrogate, pointer
 from sandbox.model import Job, Limits, Outcome
 
 MAX_CODE_BYTES = 256 << 10
+MAX_NAME_BYTES = 255
+MAX_PARTS = 16
+LANGUAGE_FILES = {"python": "main.py", "javascript": "main.js"}
+"""What the program's own file is called; a test compares it with the sandbox's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,6 @@ TERMS = {
     "outputBytes": _Term("output_bytes", "bytes", "--max-output-bytes"),
     "processes": _Term("processes", "processes", "--max-run-processes"),
 }
-NOT_YET = ("files", "returnFiles")
 LIVE = ("stream", "interactive")
 """What only a connection can have, and so no task."""
 
@@ -46,7 +50,7 @@ def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:
 
     Raises:
         PayloadTooLarge: more code than 256 KiB.
-        InvalidMessage: a limit above the server's maximum.
+        InvalidMessage: a limit above the server's maximum, or a file that would not be in the program's folder.
         ClusterUnavailable: `mode: cluster`, and there is none.
     """
     where = at[1:].replace("/", ".")
@@ -56,9 +60,8 @@ def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:
             f"{where}.code has {size} bytes, and the limit is {MAX_CODE_BYTES} bytes (fixed by the protocol)",
             path=f"{at}/code", limit=MAX_CODE_BYTES,
         )  # fmt: skip
-    for name in NOT_YET:
-        if data.get(name):
-            raise InvalidMessage(f"{where}.{name} is not offered by this server yet", path=f"{at}/{name}")
+    files = data.get("files", {})
+    _check_files(files, LANGUAGE_FILES[data["language"]], f"{at}/files")
     if data["mode"] == "cluster":
         raise ClusterUnavailable("this server has no cluster; use mode standalone", path=f"{at}/mode")
     return Job(
@@ -66,8 +69,27 @@ def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:
         code=data["code"],
         stdin=data.get("stdin", ""),
         args=tuple(data.get("args", ())),
+        files=files,
+        return_files=data.get("returnFiles", False),
         limits=_limits(data.get("limits", {}), terms, f"{at}/limits"),
     )
+
+
+def _check_files(files: Mapping[str, str], program: str, at: str) -> None:
+    for name in files:
+        parts = name.split("/")
+        folders = {"/".join(parts[:depth]) for depth in range(1, len(parts))}
+        if any(part in ("", ".", "..") for part in parts) or "\0" in name or has_surrogate(name):
+            reason = "it must lead to a file below the program's folder, without . or .."
+        elif max(len(part.encode()) for part in parts) > MAX_NAME_BYTES or len(parts) > MAX_PARTS:
+            reason = f"the limit is {MAX_NAME_BYTES} bytes for each part of it, and {MAX_PARTS} parts"
+        elif program in {name, *folders}:
+            reason = "that is the program itself"
+        elif folders & files.keys():
+            reason = "another file stands where it needs a folder"
+        else:
+            continue
+        raise InvalidMessage(f"the file name {clip(name)} cannot be used: {reason}", path=at + pointer([name]))
 
 
 def _limits(asked: Mapping[str, int | float], terms: Terms, at: str) -> Limits:
@@ -85,9 +107,10 @@ def _limits(asked: Mapping[str, int | float], terms: Terms, at: str) -> Limits:
     return limits
 
 
-def output_of(outcome: Outcome, queue_ms: float) -> dict[str, Any]:
+def output_of(outcome: Outcome, queue_ms: float, job: Job) -> dict[str, Any]:
     """The data of the `output` message."""
     facts = outcome.facts
+    truncated = [*facts.output_cut, *(["files"] if facts.files_cut else [])]
     return {
         # A client of the seed alone has no other field in which it would see what a good program wrote to stderr.
         "output": outcome.stdout + outcome.stderr if outcome.error is None else outcome.stdout,
@@ -99,6 +122,14 @@ def output_of(outcome: Outcome, queue_ms: float) -> dict[str, Any]:
         "exitCode": facts.exit_code,
         "signal": facts.signal,
         "cpuTime": round(facts.usage.cpu_ms, 3),
-        "truncated": list(facts.output_cut),
+        "truncated": truncated,
         "queueTime": round(queue_ms, 3),
+        **({"files": _files_of(outcome, job)} if job.return_files else {}),
     }
+
+
+def _files_of(outcome: Outcome, job: Job) -> dict[str, str]:
+    """What the program has left, without what it was given and has not changed."""
+    given = {**job.files, LANGUAGE_FILES[job.language]: job.code}
+    left = {name: content.decode("utf-8", "replace") for name, content in outcome.facts.files.items()}
+    return {name: text for name, text in left.items() if given.get(name) != text}

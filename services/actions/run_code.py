@@ -23,8 +23,9 @@ def run_code_action(schemas: Schemas, runs: Runs, terms: Terms) -> TaskAction:
         job_of(params, terms, at)
 
     async def run_code(params: Params, progress: Report) -> dict[str, Any]:
-        outcome, queue_ms = await runs.run(job_of(params, terms), progress.owner, of_task=True)
-        output = output_of(outcome, queue_ms)
+        job = job_of(params, terms)
+        outcome, queue_ms = await runs.run(job, progress.owner, of_task=True)
+        output = output_of(outcome, queue_ms, job)
         if outcome.status is not Status.OK:
             raise Failed(output["error"], code_of(outcome.status), output)
         return output

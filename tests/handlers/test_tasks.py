@@ -100,6 +100,7 @@ async def test_a_run_that_is_not_ok_is_a_failed_task(code: str, limits: Any, sai
         (task("\ud800", seconds=0), "/data/tasks/1/id"),
         (task("b", "runCode", **program(""), limits={"timeMs": 10**9}), "/data/tasks/1/params/limits/timeMs"),
         (task("b", "runCode", **program(""), stream=True), "/data/tasks/1/params/stream"),
+        (task("b", "runCode", **program(""), files={"../x": ""}), "/data/tasks/1/params/files/..~1x"),
         (task("b", "gradeCode", language="python", code="", tests=[]), "/data/tasks/1/params/tests"),
     ],
 )

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from protocol.errors import ClusterUnavailable, InvalidMessage, PayloadTooLarge
+from sandbox.languages import LANGUAGES
 from sandbox.model import Facts, Job, Limits, Usage
 from sandbox.verdict import conclude
-from services.jobs import MAX_CODE_BYTES, TERMS, Terms, job_of, output_of
+from services.jobs import LANGUAGE_FILES, MAX_CODE_BYTES, TERMS, Terms, job_of, output_of
 
 CODE = {"language": "python", "code": "", "mode": "standalone"}
 OFFERED = Terms(Limits(), Limits(60_000, 60_000, 1 << 30, 8 << 20, 256))
@@ -45,9 +46,34 @@ def test_there_is_no_cluster_here() -> None:
 
 def test_an_output_has_the_streams_apart_when_the_run_failed_and_together_when_it_was_ok() -> None:
     usage = Usage(1.23456, 2.34567, 7)
-    good = output_of(conclude(Job("python", ""), Facts(exit_code=0, usage=usage), b"out", b"err"), 1.0)
-    bad = output_of(conclude(Job("python", ""), Facts(exit_code=1, usage=usage), b"out", b"err"), 1.0)
+    good = output_of(
+        conclude(Job("python", ""), Facts(exit_code=0, usage=usage), b"out", b"err"), 1.0, Job("python", "")
+    )
+    bad = output_of(
+        conclude(Job("python", ""), Facts(exit_code=1, usage=usage), b"out", b"err"), 1.0, Job("python", "")
+    )
 
     assert (good["output"], good["stderr"], good["error"]) == ("outerr", "err", None)
     assert (bad["output"], bad["stderr"], bad["error"]) == ("out", "err", "err")
     assert (good["executionTime"], good["cpuTime"], good["memoryUsed"]) == (1.235, 2.346, 7)
+
+
+def test_the_names_of_programs_are_those_of_the_sandbox() -> None:
+    assert {name: spec.file_name for name, spec in LANGUAGES.items()} == LANGUAGE_FILES
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../x", "/etc/passwd", "a/../../x", "", ".", "..", "a//b", "a/", "./a", "x\0y", "\ud800", "x" * 256, "main.py",
+     "main.py/x", "/".join("a" * 17)],
+)  # fmt: skip
+def test_a_file_that_would_not_be_in_the_folder_is_refused(name: str) -> None:
+    with pytest.raises(InvalidMessage, match="cannot be used") as caught:
+        job_of({**CODE, "files": {"good.txt": "", name: ""}}, OFFERED)
+
+    assert caught.value.details["path"].startswith("/data/files/")
+
+
+def test_a_file_cannot_stand_where_a_folder_is_needed() -> None:
+    with pytest.raises(InvalidMessage, match="another file stands"):
+        job_of({**CODE, "files": {"a": "", "a/b": ""}}, OFFERED)
