@@ -4,8 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OURS := server.py config.py background.py processes.py handlers protocol services sandbox tools bench
 ARGS ?=
+MINUTES ?= 30
 
-.PHONY: serve test check corpus bench clean
+.PHONY: serve test check corpus bench soak clean
 
 serve: $(VENV)/serve
 	$(BIN)/python server.py $(ARGS)
@@ -24,6 +25,9 @@ corpus: $(VENV)/develop
 
 bench: $(VENV)/develop
 	$(BIN)/python -m bench.cold $(ARGS)
+
+soak: $(VENV)/develop
+	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 $(VENV)/bin/python:
 	$(PYTHON) tools/make_venv.py $(VENV)

@@ -85,16 +85,45 @@ async def beside_a_flood(port: int, seconds: float, output_bytes: int) -> float:
     return statistics.quantiles(times, n=100)[98]
 
 
+async def hellos(port: int, rounds: int) -> float:
+    """Median of ms for a short run, one after the other."""
+    times = []
+    async with to(port) as connection:
+        for number in range(rounds):
+            begin = time.perf_counter()
+            await connection.send(run("print(1)", str(number), stream=False))
+            await next_of(connection, "output")
+            times.append((time.perf_counter() - begin) * 1000)
+    return statistics.median(times)
+
+
+async def beside_a_queue(port: int, rounds: int) -> float:
+    """The same while another connection has 1,000 runs in the queue."""
+    async with to(port) as greedy:
+        for number in range(1000):
+            await greedy.send(run("print(1)", str(number), stream=False))
+        await next_of(greedy, "output")
+        return await hellos(port, rounds)
+
+
 async def main(rounds: int, file: Path | None) -> None:
     """Measures, and prints a line for each."""
     async with server("--engine=nsjail") as port:
         result: dict[str, Any] = {
+            "alone_ms": await hellos(port, rounds),
+            "beside_a_queue_ms": await beside_a_queue(port, rounds),
             "first_byte_ms": await first_byte(port, rounds),
             "cancel_ms": await cancelled(port, rounds),
             "echo_p99_ms": {f"{mib} MiB": await beside_a_flood(port, 5.0, mib << 20) for mib in (1, 8)},
         }
     print(f"a first byte arrives after {result['first_byte_ms']:.1f} ms (median)")
     print(f"a run is over {result['cancel_ms']:.1f} ms after cancelRun (median)")
+    alone, beside = result["alone_ms"], result["beside_a_queue_ms"]
+    print(
+        f"a short run takes {alone:.1f} ms alone, and {beside:.1f} ms beside 1,000 queued runs of another client",
+        end="",
+    )
+    print(f": {beside / alone:.1f} x (medians)")
     for size, p99 in result["echo_p99_ms"].items():
         print(
             f"{QUIET} quiet clients beside a program that prints {size} as fast as it can: echo in {p99:.1f} ms (p99)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from handlers import base
 from sandbox.model import Facts, Job, Outcome
 from sandbox.verdict import conclude
 from services.live import LiveOutput
-from tests.conftest import GEN_TEST
+from tests.conftest import GEN_TEST, SECOND, until
 from tests.handlers.client import Client, connected, serving
+from tests.handlers.test_app import jailed
 
 pytestmark = GEN_TEST
 ENGINES = pytest.mark.parametrize("engine", ["nsjail", "subprocess"])
@@ -183,6 +186,27 @@ async def test_a_flood_is_cut_and_whole_for_a_client_that_reads() -> None:
         assert data["status"] == "outputLimit"
         assert "".join(m["data"]["text"] for m in before if m["action"] == "outputChunk") == data["output"]
         assert len(data["output"]) == 1 << 20
+
+
+async def test_a_client_that_stops_reading_is_closed_and_its_program_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "PATIENCE_SECONDS", 0.5 * SECOND)
+    async with serving(outbox_bytes=100_000) as server, connected(server) as other:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(
+            b"GET /appws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n")
+        reader._transport.pause_reading()  # asyncio itself would go on reading
+        code = "import os, time\nfor _ in range(120):\n    os.write(1, b'x' * 65536)\ntime.sleep(1e6)"
+        text = json.dumps({"action": "runCode", "data": live(code, limits={"outputBytes": 8 << 20})}).encode()
+        writer.write(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)
+        await until(jailed)
+        assert (await other.run("print(1)"))["output"] == "1\n"
+        await until(lambda: not jailed(), 60)
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 chunks = st.lists(st.tuples(st.sampled_from(["stdout", "stderr"]), st.binary(max_size=6) | st.sampled_from(
