@@ -11,6 +11,7 @@ import json
 import random
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ def held(process: psutil.Process) -> dict[str, Any]:
     }
 
 
+async def quiet(port: int) -> None:
+    """Waits until nothing is under way; what clients have left behind is over within a second or so."""
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz") as answer:
+            health = json.load(answer)
+        await asyncio.sleep(1)  # also for jails that are made in the background
+        if health["running"] == health["queued"] == 0:
+            return
+    print(f"still busy after 60 s: {health}")
+
+
 async def main(minutes: float) -> int:
     """Gives 0 when nothing has grown."""
     async with server("--engine=nsjail", "--log-level=info") as port:
@@ -89,7 +102,7 @@ async def main(minutes: float) -> int:
         for part in range(4):
             end = time.monotonic() + minutes * 60 / 4
             outputs = sum(await asyncio.gather(*(visit(port, end) for _ in range(CLIENTS))))
-            await asyncio.sleep(3)  # what was under way for those who left is ended, and jails wait again
+            await quiet(port)
             seen.append(held(process))
             print(f"after {(part + 1) * minutes / 4:.1f} min, {outputs} outputs: {seen[-1]}", flush=True)
     warm, last = seen[0], seen[-1]

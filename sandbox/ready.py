@@ -41,12 +41,14 @@ class Ready(Generic[Thing]):
 
     async def take(self) -> Thing:
         """One that is ready, or else one made now. Raises what `make` does."""
-        while self._ready:
-            thing = self._ready.pop(0)
+        try:
+            while self._ready:
+                thing = self._ready.pop(0)
+                if thing.is_good():
+                    return thing
+                await thing.discard()
+        finally:
             self._refill()
-            if thing.is_good():
-                return thing
-            await thing.discard()
         return await self._made()
 
     async def close(self) -> None:
@@ -68,7 +70,7 @@ class Ready(Generic[Thing]):
             raise
 
     def _refill(self) -> None:
-        if len(self._ready) + len(self._in_making) < self._count:
+        for _ in range(self._count - len(self._ready) - len(self._in_making)):
             refill = spawn(self._add(), name="refill")
             self._in_making.add(refill)
             refill.add_done_callback(self._in_making.discard)
