@@ -31,6 +31,7 @@ class Ready(Generic[Thing]):
         self._make = make
         self._count = count
         self._ready: list[Thing] = []
+        self._making = 0
         self._in_making: set[asyncio.Task[None]] = set()
         # Threads of its own, which live as long as this: the kernel may end a child with the thread that started it.
         self._threads = ThreadPoolExecutor(max(1, count), thread_name_prefix="ready")
@@ -70,10 +71,15 @@ class Ready(Generic[Thing]):
             raise
 
     def _refill(self) -> None:
-        for _ in range(self._count - len(self._ready) - len(self._in_making)):
+        for _ in range(self._count - len(self._ready) - self._making):
+            self._making += 1
             refill = spawn(self._add(), name="refill")
             self._in_making.add(refill)
             refill.add_done_callback(self._in_making.discard)
 
     async def _add(self) -> None:
-        self._ready.append(await self._made())
+        try:
+            thing = await self._made()
+        finally:
+            self._making -= 1
+        self._ready.append(thing)
