@@ -78,6 +78,7 @@ def test_after_a_failure_things_are_kept_ready_again(caplog: pytest.LogCaptureFi
         await ready.take()
         with pytest.raises(OSError, match="no more descriptors"):
             await ready.take()
+        await until(lambda: ready._making == 0)  # the ones in the background have failed too
         maker.broken = False
         await ready.take()
         await until(lambda: len(ready._ready) == 2)
