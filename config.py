@@ -51,12 +51,17 @@ class Settings:
         (), "Tasks", "Python modules with task actions of your own, separated by commas"
     )
     max_players: int = _setting(100_000, "Games", "players in one room", least=1)
-    engine: str = _setting("auto", "Runs", "how programs are run", choices=("auto", "nsjail", "subprocess"))
+    engine: str = _setting(
+        "auto", "Runs", "how programs are run", choices=("auto", "forkserver", "nsjail", "subprocess")
+    )
     allow_unsafe: bool = _setting(False, "Runs", "let the subprocess engine serve other machines, unprotected")
     python: Path | None = _setting(None, "Runs", "the python that programs run on; found by itself if not given")
     node: Path | None = _setting(None, "Runs", "the node that programs run on; found by itself if not given")
     max_runs: int = _setting(max(2, os.cpu_count() or 2), "Runs", "programs that run at once", least=1)
-    warm: int = _setting(os.cpu_count() or 1, "Runs", "jails that wait ready for the next runs", least=0)
+    warm: int = _setting(os.cpu_count() or 1, "Runs", "children or jails that wait ready for the next runs", least=0)
+    preload: tuple[str, ...] = _setting(
+        (), "Runs", "modules that the fork servers for python import ahead; not given: those that programs use most"
+    )
     drain_s: float = _setting(5.0, "Runs", "seconds that runs may still take when the server is stopped", least=0)
     queue_size: int = _setting(2000, "Runs", "programs that may wait for their turn", least=0)
     max_runs_per_connection: int = _setting(

@@ -27,6 +27,7 @@ from processes import CANNOT_SERVE, reserved, run_all
 from protocol.errors import CloseCode
 from protocol.schema import Schemas
 from sandbox.engine import Engine, EngineUnavailable
+from sandbox.forkserver import PRELOAD, ForkServerEngine
 from sandbox.model import Limits
 from sandbox.nsjail import NsjailEngine
 from sandbox.subproc import SubprocessEngine
@@ -122,6 +123,9 @@ def is_loopback(address: str) -> bool:
 
 async def _open_engine(settings: Settings, number: int) -> Engine:
     makers: dict[str, Callable[[], Engine]] = {
+        "forkserver": lambda: ForkServerEngine(
+            settings.python, settings.node, settings.warm, number, settings.preload or PRELOAD, _defaults(settings)
+        ),
         "nsjail": lambda: NsjailEngine(settings.python, settings.node, settings.warm, number),
         "subprocess": lambda: SubprocessEngine(settings.python, settings.node),
     }
@@ -178,16 +182,19 @@ def _bounds(settings: Settings) -> Bounds:
     )
 
 
-def _terms(settings: Settings) -> Terms:
-    defaults = Limits(
+def _defaults(settings: Settings) -> Limits:
+    return Limits(
         settings.wall_ms, settings.cpu_ms, settings.memory_bytes, settings.output_bytes, settings.run_processes,
         settings.tmp_bytes, settings.open_files,
     )  # fmt: skip
+
+
+def _terms(settings: Settings) -> Terms:
     maxima = Limits(
         settings.max_wall_ms, settings.max_cpu_ms, settings.max_memory_bytes, settings.max_output_bytes,
         settings.max_run_processes,
     )  # fmt: skip
-    return Terms(defaults, maxima)
+    return Terms(_defaults(settings), maxima)
 
 
 def _listen(application: Application, settings: Settings) -> tuple[HTTPServer, int]:

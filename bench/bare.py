@@ -21,8 +21,8 @@ Run = Callable[[], None]
 
 def same_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
     """Runs our engine's own command and waits for its end."""
-    config_of = engine._config_of(job, 200_000)
-    task = engine._task_of(job)
+    config_of = engine.config_of(job, 200_000)
+    task = engine.task_of(job)
 
     def run() -> None:
         job_fd, log_fd = os.memfd_create("job", os.MFD_CLOEXEC), os.open(os.devnull, os.O_WRONLY)
@@ -33,7 +33,8 @@ def same_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
             file.write(config)
             file.flush()
             done = subprocess.run(
-                [engine._nsjail, "--config", file.name], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                [engine._opened().nsjail, "--config", file.name],
+                stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 pass_fds=(job_fd, far_end.fileno(), log_fd), env={}, check=False,
             )  # fmt: skip
         os.close(job_fd)
@@ -47,7 +48,7 @@ def same_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
 
 def plain_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
     """Runs the interpreter as the jail's only process."""
-    interpreter = str(engine._interpreters[job.language].executable)
+    interpreter = str(engine._opened().interpreters[job.language].inside)
     file_name = LANGUAGES[job.language].file_name
     surroundings = environment(job.language, home="/work", scratch="/tmp")
 
@@ -57,7 +58,7 @@ def plain_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
             with open(program, "w") as file:
                 file.write(job.code)
             os.chmod(folder, 0o755)
-            *lines, _, _, _, _ = engine._config_of(job, 200_000)(0, 0, 0).split("\n")
+            *lines, _, _, _, _ = engine.config_of(job, 200_000)(0, 0, 0).split("\n")
             lines += [f'mount {{ src: "{program}" dst: "/{file_name}" is_bind: true }}']
             lines += [f'envar: "{name}={value}"' for name, value in surroundings.items()]
             lines.append(f'exec_bin {{ path: "{interpreter}" arg: "/{file_name}" }}')
@@ -65,7 +66,7 @@ def plain_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
             with open(config, "w") as file:
                 file.write("\n".join(lines))
             done = subprocess.run(
-                [engine._nsjail, "--config", config], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                [engine._opened().nsjail, "--config", config], stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 env={}, check=False,
             )  # fmt: skip
         assert done.stdout == expected, done

@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 from sandbox.engine import Engine, EngineUnavailable
+from sandbox.forkserver import ForkServerEngine
 from sandbox.model import Channel, Check, Job, Language, Outcome, Status, Stream
 from sandbox.nsjail import NsjailEngine
 from sandbox.promises import PROMISES, Promise
 from sandbox.subproc import SubprocessEngine
 
 LANGUAGE_OF: dict[str, Language] = {".py": "python", ".js": "javascript", ".mjs": "javascript"}
-ENGINES: dict[str, type[NsjailEngine] | type[SubprocessEngine]] = {
+ENGINES: dict[str, type[ForkServerEngine | NsjailEngine | SubprocessEngine]] = {
+    "forkserver": ForkServerEngine,
     "nsjail": NsjailEngine,
     "subprocess": SubprocessEngine,
 }

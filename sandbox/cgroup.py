@@ -120,6 +120,13 @@ class Leaf:
         for folder in self._places:
             _write(folder / "cgroup.procs", pid)
 
+    def entrances(self) -> list[int]:
+        """Descriptors, the caller's to close: a process that writes "0" to each is in the group.
+
+        One that moves itself, without threads, moves at once; moving another makes all processors take note first.
+        """
+        return [os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for folder in self._places]
+
     def watch_oom(self, on_oom: Callable[[], None]) -> None:
         """Calls `on_oom` from the event loop when the kernel had to kill for memory (version 1: version 2 has
         `memory.oom.group`, with which the kernel ends the whole run by itself)."""

@@ -1,7 +1,8 @@
 """Finds the interpreters that programs run on, and sees to it that a jail can reach them.
 
 A jail has its own user ids, so it cannot pass through a directory that is closed to others, such as a home of mode
-0700. An interpreter that lies behind one is laid out once more in a place that everybody may pass.
+0700, and it has scratch folders of its own, which hide the host's. An interpreter that lies in such a place is laid out
+once more where every jail can reach it.
 """
 
 from __future__ import annotations
@@ -23,14 +24,20 @@ ASK_PYTHON = (
     " sys.base_prefix, sysconfig.get_path('stdlib'), sysconfig.get_config_var('LIBDIR')]))"
 )
 LAYOUT_SECONDS = 120
+NODE_INSIDE = Path("/usr/bin/node")
+SCRATCH_PLACES = ("/tmp", "/work", "/dev/shm")  # noqa: S108 -- every jail's own
 
 
 @dataclass(frozen=True, slots=True)
 class Interpreter:
-    """An executable and the other files and folders that it needs; `note` says in a sentence which was taken."""
+    """An executable, the other files and folders that it needs, and where a jail has it.
+
+    `note` says in a sentence which was taken.
+    """
 
     executable: Path
     needs: tuple[Path, ...]
+    inside: Path
     note: str
 
 
@@ -50,7 +57,7 @@ def find_python(wanted: Path | None, closed_ok: bool, runtime: Path) -> Interpre
     if not known:
         raise EngineUnavailable("no python 3.11 or newer was found for programs; name one with --python")
     for found in known:
-        if closed_ok or all(open_to_others(path) for path in (found.executable, *found.needs)):
+        if all(_reachable(path, closed_ok) for path in (found.executable, *found.needs)):
             return found
     return _lay_out_python(known[0], runtime)
 
@@ -65,14 +72,41 @@ def find_node(wanted: Path | None, closed_ok: bool, runtime: Path) -> Interprete
         if candidate.is_file() and os.access(candidate, os.X_OK):
             executable = candidate.resolve()
             if closed_ok or open_to_others(executable):
-                return Interpreter(executable, (), f"javascript runs on {executable}")
+                return Interpreter(executable, (), NODE_INSIDE, f"javascript runs on {executable}")
             copy = _copy_file(executable, runtime / f"node-{_stamp(executable)}" / "node")
-            return Interpreter(
-                copy, (), f"javascript runs on {copy}, a copy of {executable}, which others cannot reach"
-            )
+            note = f"javascript runs on {copy}, a copy of {executable}, which others cannot reach"
+            return Interpreter(copy, (), NODE_INSIDE, note)
     raise EngineUnavailable(
         f"there is no node at {wanted} (--node)" if wanted else "no node was found for programs; name one with --node"
     )
+
+
+def find_koffi(closed_ok: bool, runtime: Path) -> Path | None:
+    """The folder of node modules with koffi in it, with which node can be forked; None where it was not installed."""
+    modules = Path(__file__).parent / "child" / "node_modules"
+    if not (modules / "koffi" / "package.json").is_file():
+        return None
+    if closed_ok or open_to_others(modules):
+        return modules
+    target = runtime / f"koffi-{_stamp(modules / 'koffi' / 'package.json')}"
+    if not target.exists():
+        staging = target.with_name(f"{target.name}.{os.getpid()}")
+        shutil.copytree(modules, staging)
+        _put_in_place(staging, target)
+    return target
+
+
+def runtime_folder() -> Path:
+    """Where what jails cannot reach is laid out for them."""
+    if os.geteuid() == 0:
+        return Path("/var/lib/runboard/runtime")
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "runboard" / "runtime"
+
+
+def _reachable(path: Path, closed_ok: bool) -> bool:
+    """Whether a jail can have `path` in its own place; with `closed_ok` it has the server's own user."""
+    hidden = any(path.resolve().is_relative_to(place) for place in SCRATCH_PLACES)
+    return not hidden and (closed_ok or open_to_others(path))
 
 
 def open_to_others(path: Path) -> bool:
@@ -99,7 +133,7 @@ def _ask_python(candidate: Path, *, strict: bool) -> Interpreter | None:
         return None
     shared = tuple(Path(libdir).glob("libpython3*.so*")) if not libdir.startswith(("/usr/lib/", "/lib/")) else ()
     needs = (Path(stdlib), *shared)
-    return Interpreter(Path(executable), needs, f"python runs on {executable} of {prefix}")
+    return Interpreter(Path(executable), needs, Path(executable), f"python runs on {executable} of {prefix}")
 
 
 def _lay_out_python(found: Interpreter, runtime: Path) -> Interpreter:
@@ -119,8 +153,8 @@ def _lay_out_python(found: Interpreter, runtime: Path) -> Interpreter:
         _put_in_place(staging, target)
     executable = target / found.executable.relative_to(prefix)
     needs = tuple(target / path.relative_to(prefix) for path in found.needs)
-    note = f"python runs on {executable}, a copy of {found.executable}, which others cannot reach"
-    return Interpreter(executable, needs, note)
+    note = f"python runs on {executable}, a copy of {found.executable}, which jails cannot reach"
+    return Interpreter(executable, needs, executable, note)
 
 
 def _copy_file(source: Path, target: Path) -> Path:

@@ -7,8 +7,8 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 from background import spawn
 from sandbox.model import Channel, Facts, Feed, Job, Outcome, Stream, Usage
@@ -31,8 +31,7 @@ class Group(Protocol):
     def watch_oom(self, on_oom: Callable[[], None]) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Pipes:
+class Pipes(NamedTuple):
     """The server's ends of a run's standard streams; the watch closes them."""
 
     stdin: int

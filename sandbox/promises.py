@@ -42,8 +42,12 @@ PROMISES = (
     Promise(
         "outside-user", "Outside, a program's user is neither root nor one with rights", "user namespace",
         """
-inside, outside, count = open("/proc/self/uid_map").read().split()
-print("kept" if int(outside) > 0 and int(count) == 1 else f"user {outside} outside")
+import os
+for line in open("/proc/self/uid_map"):
+    inside, outside, count = map(int, line.split())
+    if inside <= os.getuid() < inside + count:
+        user = outside + os.getuid() - inside
+print("kept" if user > 0 else f"user {user} outside")
 """,
     ),
     Promise(
@@ -117,10 +121,10 @@ print("kept" if not gained else gained)
         "host-files", "No file of the host is there beyond interpreter and libraries", "mount namespace, allow-list",
         """
 import os
-seen = [path for path in ("/root", "/home", "/etc/shadow", "/etc/hostname", "/var", "/sys", "/boot",
+seen = [path for path in ("/root", "/home", "/etc/shadow", "/etc/hostname", "/var/log", "/var/tmp", "/sys", "/boot",
                           "/usr/sbin", "/run", "/mnt", "/opt", "/srv") if os.path.exists(path)]
-users = open("/etc/passwd").read().splitlines()
-print("kept" if not seen and len(users) < 3 else seen + users)
+users = {line.split(":")[0] for line in open("/etc/passwd")}
+print("kept" if not seen and users == {"sandbox", "nobody"} else [*seen, *users])
 """,
     ),
     Promise(

@@ -46,6 +46,10 @@ class ProcessTree:
         self._root = psutil.Process(pid)
         self._known[pid] = self._root
 
+    def entrances(self) -> list[int]:
+        """None: a process has to be added."""
+        return []
+
     def limit(self, limits: Limits, extra_processes: int = 0) -> None:
         """Sets the limits. The number of processes is for the engine to limit, with RLIMIT_NPROC."""
         self._limits = limits

@@ -6,6 +6,10 @@ kernel), and what is dangerous or privileged and well known is refused outright 
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
+from typing import Any
+
 EPERM, EAFNOSUPPORT, ENOSYS = 1, 97, 38
 
 CLONE_NEW_ANY = 0x7E020080  # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET and NEWTIME together
@@ -116,6 +120,61 @@ POLICY runboard {{
 }}
 USE runboard DEFAULT ERRNO({ENOSYS})
 """
+
+
+DONTFORK = 10
+"""madvise(…, MADV_DONTFORK): with it, V8 would keep its heap from children that are forked from node."""
+
+
+def kafel_of_fork_server() -> str:
+    """The policy of a fork server itself, which is ours: only that a heap stays forkable, whatever V8 wishes.
+
+    Its children have `bpf` on top of it.
+    """
+    return f"POLICY forkable {{ ERRNO(0) {{ madvise(start, len_in, behavior) {{ behavior == {DONTFORK} }} }} }}\n" \
+           "USE forkable DEFAULT ALLOW\n"  # fmt: skip
+
+
+def bpf() -> list[bytes]:
+    """The policy as the kernel takes it: two filters, each an array of struct sock_filter; the stricter one counts.
+
+    The first refuses by argument, the second allows by name.
+
+    Raises:
+        OSError: libseccomp is not on this machine.
+    """
+    try:
+        import pyseccomp as library
+    except RuntimeError as failure:
+        raise OSError(str(failure)) from failure
+
+    by_argument = library.SyscallFilter(library.ALLOW)
+    for flag in (1 << bit for bit in range(32) if CLONE_NEW_ANY >> bit & 1):
+        by_argument.add_rule(library.ERRNO(EPERM), "clone", library.Arg(0, library.MASKED_EQ, flag, flag))
+    for command in (TIOCSTI, TIOCLINUX):  # the kernel looks at 32 bits only
+        by_argument.add_rule(library.ERRNO(EPERM), "ioctl", library.Arg(1, library.MASKED_EQ, 0xFFFFFFFF, command))
+    for call, families in (("socket", (AF_UNIX, AF_INET, AF_INET6)), ("socketpair", (AF_UNIX,))):
+        others = [library.Arg(0, library.EQ, family) for family in range(max(families)) if family not in families]
+        for other in [*others, library.Arg(0, library.GT, max(families))]:
+            by_argument.add_rule(library.ERRNO(EAFNOSUPPORT), call, other)
+
+    by_name = library.SyscallFilter(library.ERRNO(ENOSYS))
+    conditional = "clone ioctl socket socketpair"
+    for action, names in (
+        (library.ALLOW, " ".join([*ALLOWED.values(), conditional])),
+        (library.ERRNO(EPERM), REFUSED),
+    ):
+        for name in names.split():
+            with contextlib.suppress(OSError):  # a call that this machine or its libseccomp does not have
+                by_name.add_rule(action, name)
+    return [_exported(policy) for policy in (by_argument, by_name)]
+
+
+def _exported(policy: Any) -> bytes:
+    with tempfile.TemporaryFile() as file:
+        policy.export_bpf(file)
+        file.seek(0)
+        return file.read()
 
 
 def _names(calls: list[str]) -> str:

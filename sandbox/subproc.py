@@ -14,11 +14,10 @@ from pathlib import Path
 
 from sandbox.child.collect import collect
 from sandbox.engine import EngineUnavailable
-from sandbox.interpreters import Interpreter, find_node, find_python
+from sandbox.interpreters import Interpreter, find_node, find_python, runtime_folder
 from sandbox.jail import end_with_server
 from sandbox.languages import LANGUAGES, command, environment
 from sandbox.model import Channel, Job, Language, Limits, Outcome
-from sandbox.nsjail import RUNTIME
 from sandbox.process import Pipes, Watch
 from sandbox.sampled import ProcessTree
 from sandbox.signals import signal_name
@@ -35,8 +34,8 @@ class SubprocessEngine:
     async def open(self) -> None:
         """Finds the interpreters. Raises EngineUnavailable."""
         self._interpreters: dict[Language, Interpreter] = {
-            "python": find_python(self._wanted_python, True, RUNTIME),
-            "javascript": find_node(self._wanted_node, True, RUNTIME),
+            "python": find_python(self._wanted_python, True, runtime_folder()),
+            "javascript": find_node(self._wanted_node, True, runtime_folder()),
         }
 
     def warnings(self) -> list[str]:

@@ -16,13 +16,20 @@ from tornado.ioloop import IOLoop
 
 from sandbox.cgroup_root import PREFIX
 from sandbox.engine import Engine
+from sandbox.forkserver import ForkServerEngine
 from sandbox.nsjail import NsjailEngine
 from sandbox.subproc import SubprocessEngine
 
 SECOND = float(os.environ.get("TEST_SECOND", "1"))
 """Every wait of a test is a multiple of this; on a slow machine set TEST_SECOND=5."""
 
-ENGINES: dict[str, Callable[[], Engine]] = {"nsjail": NsjailEngine, "subprocess": SubprocessEngine}
+ENGINES: dict[str, Callable[[], Engine]] = {
+    "forkserver": ForkServerEngine,
+    "nsjail": NsjailEngine,
+    "subprocess": SubprocessEngine,
+}
+JAILING = pytest.mark.parametrize("engine_name", ["forkserver", "nsjail"])
+"""The engines that contain what they run."""
 
 
 async def until(happened: Callable[[], object], seconds: float = 10.0) -> None:

@@ -29,7 +29,7 @@ def test_the_command_line_wins_over_the_environment_and_that_over_the_file(tmp_p
         (["--port", "70000"], {}, "--port must be 0 to 65535, not 70000"),
         (["--max-runs", "0"], {}, "--max-runs must be at least 1, not 0"),
         (["--ping-s", "nan"], {}, "--ping-s must be at least 0.05, not nan"),
-        (["--engine", "docker"], {}, "--engine must be one of auto, nsjail, subprocess, not 'docker'"),
+        (["--engine", "docker"], {}, "--engine must be one of auto, forkserver, nsjail, subprocess, not 'docker'"),
         (["--prot", "1"], {}, "unrecognized arguments: --prot 1"),
         ([], {"RUNBOARD_PROT": "1"}, "the environment variable RUNBOARD_PROT is no setting; see --help"),
         ([], {"RUNBOARD_DEV": "maybe"}, "RUNBOARD_DEV must be on or off, not 'maybe'"),

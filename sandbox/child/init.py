@@ -16,7 +16,6 @@ import time
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE = 1, 4
 TOUCHED_SIGNALS = (_signal.SIGINT, _signal.SIGPIPE, _signal.SIGXFSZ)
 """Those that python itself catches or ignores; a program gets them as any program does."""
-PIECE_BYTES = 32 << 10
 
 
 def main() -> None:
@@ -55,24 +54,12 @@ def main() -> None:
 
 
 def return_files(report_fd: int, most_bytes: int) -> None:
-    """Ends whatever else still runs, and reports the files that are left."""
+    """Reports the files that are left."""
     # Not imported: for a module in /, python looks for compiled code in ./__pycache__, where the program may write.
-    collect: dict = {}  # type: ignore[type-arg]  # typing takes long to import
+    collect: dict = {"__name__": "collect"}  # type: ignore[type-arg]  # typing takes long to import
     with open("/collect.py") as file:
         exec(file.read(), collect)  # noqa: S102 -- the jail's own, read-only
-    try:
-        os.kill(-1, _signal.SIGKILL)
-        while True:
-            os.wait()
-    except (ChildProcessError, ProcessLookupError):
-        pass
-    files, cut = collect["collect"](".", most_bytes)
-    for name, content in files.items():
-        os.write(report_fd, b"file " + name.encode("utf-8", "replace"))
-        for start in range(0, len(content), PIECE_BYTES):
-            os.write(report_fd, b"data " + content[start : start + PIECE_BYTES])
-    if cut:
-        os.write(report_fd, b"cut")
+    collect["end_others_and_report"](report_fd, most_bytes)
 
 
 main()

@@ -8,7 +8,7 @@ from tests.conftest import GEN_TEST
 from tests.handlers.client import connected, serving
 
 pytestmark = GEN_TEST
-ENGINES = pytest.mark.parametrize("engine", ["nsjail", "subprocess"])
+ENGINES = pytest.mark.parametrize("engine", ["forkserver", "nsjail", "subprocess"])
 
 
 @ENGINES

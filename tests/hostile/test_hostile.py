@@ -9,22 +9,23 @@ from pathlib import Path
 import pytest
 
 from sandbox.model import Channel, Job, Language, Limits, Status
-from tests.conftest import SECOND, opened, within
+from tests.conftest import JAILING, SECOND, opened, within
 
 PROGRAMS = sorted((Path(__file__).parent / "programs").iterdir())
 HEADER = re.compile(r"(?:#|//) expect: (?P<statuses>\S+)(?: out=(?P<out>.*))?\n")
 LIMITS = Limits(wall_ms=int(2000 * SECOND), cpu_ms=int(1500 * SECOND), memory_bytes=192 << 20)
 
 
+@JAILING
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: path.name)
-def test_a_hostile_program_gets_what_it_deserves(path: Path) -> None:
+def test_a_hostile_program_gets_what_it_deserves(path: Path, engine_name: str) -> None:
     code = path.read_text()
     header = HEADER.match(code)
     assert header is not None
     language: Language = "python" if path.suffix == ".py" else "javascript"
 
     async def main() -> None:
-        async with opened("nsjail") as engine:
+        async with opened(engine_name) as engine:
             outcome = await within(engine.run(Job(language, code, limits=LIMITS), Channel()), 60)
             assert outcome.status in header["statuses"].split("|"), (
                 outcome.status,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
+from sandbox.cgroup import CgroupUnavailable
 from sandbox.engine import EngineUnavailable
-from sandbox.interpreters import find_node
+from sandbox.interpreters import find_node, runtime_folder
 from sandbox.model import Channel, Job, Limits, Status
-from sandbox.nsjail import RUNTIME, NsjailEngine
-from sandbox.sampled import SampledGroups
-from tests.conftest import SECOND, within
+from sandbox.nsjail import NsjailEngine
+from tests.conftest import SECOND, opened, within
 
 ROOT = Path(__file__).parents[2]
 NOBODY = 65534
@@ -88,7 +88,7 @@ def test_an_interpreter_in_a_home_of_mode_0700_is_used_all_the_same(tmp_path: Pa
     home = tmp_path / "home"
     home.mkdir(mode=0o700)
     node = home / "node"
-    shutil.copy(find_node(None, False, RUNTIME).executable, node)
+    shutil.copy(find_node(None, False, runtime_folder()).executable, node)
 
     async def main() -> None:
         engine = NsjailEngine(node=node)
@@ -118,15 +118,18 @@ def test_an_interpreter_that_is_not_there_is_told(option: str) -> None:
         ("import os, time\nif os.fork() == 0: os.setsid()\ntime.sleep(1e6)", Limits(wall_ms=300), Status.TIMEOUT),
     ],
 )
-def test_without_control_groups_limits_hold_by_sampling(code: str, limits: Limits, status: Status) -> None:
+def test_without_control_groups_limits_hold_by_sampling(
+    code: str, limits: Limits, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none() -> None:
+        raise CgroupUnavailable("this test takes them away")
+
+    monkeypatch.setattr("sandbox.host.open_cgroups", none)
+
     async def main() -> None:
-        engine = NsjailEngine(warm=0)
-        await engine.open()
-        groups, engine._groups = engine._groups, SampledGroups()
-        engine._no_cgroups = "this test takes them away"
-        outcome = await within(engine.run(Job("python", code, limits=limits), Channel()), 60)
-        engine._groups = groups
-        await engine.close()
-        assert outcome.status is status
+        async with opened("nsjail") as engine:
+            outcome = await within(engine.run(Job("python", code, limits=limits), Channel()), 60)
+            assert outcome.status is status
+            assert "sampled" in engine.warnings()[0]
 
     asyncio.run(main())

@@ -9,12 +9,13 @@ import pytest
 from sandbox.__main__ import check
 from sandbox.model import Channel, Job
 from sandbox.promises import PROMISES, Promise
-from tests.conftest import opened, within
+from tests.conftest import JAILING, opened, within
 
 
-def test_every_promise_is_kept_in_the_jail() -> None:
+@JAILING
+def test_every_promise_is_kept_in_the_jail(engine_name: str) -> None:
     async def main() -> None:
-        async with opened("nsjail") as engine:
+        async with opened(engine_name) as engine:
             checks = await check(engine)
             assert [tried for tried in checks if not tried.kept] == []
             assert len(checks) == len(PROMISES) + 2

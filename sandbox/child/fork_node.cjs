@@ -1,0 +1,252 @@
+// The fork server for JavaScript: a node that has started up to its last step before main.js, and is forked there.
+//
+// As fork_python.py, which explains it; here koffi calls libc. Two things make node forkable: the jail's filter for system
+// calls ignores madvise(MADV_DONTFORK), with which V8 keeps its heap from children, and node runs without threads of its
+// own (--single-threaded) and gets its event loop made anew in the child (uv_loop_fork). A few threads are nevertheless
+// lost in the child, so it must leave before node waits for them.
+'use strict'
+
+const fs = require('node:fs')
+const { setFlagsFromString } = require('node:v8')
+const koffi = require('/forkserver/node_modules/koffi')
+
+const MESSAGE_BYTES = 1 << 18
+const MOST_DESCRIPTORS = 16
+const [REPORT, JOB, STDIN, FIRST_GROUP] = [0, 1, 2, 5]
+const HEADER_BYTES = 8
+
+const CLONE_NEWPID = 0x20000000
+const CLONE_OTHERS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000 // ns, cgroup, uts, ipc, net
+const [MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MNT_DETACH] = [1, 2, 4, 8, 2]
+const [PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS] = [4, 22, 24, 38]
+const [SECCOMP_MODE_FILTER, INSTRUCTION_BYTES] = [2, 8]
+const CAPABILITY_VERSION_3 = 0x20080522
+const [SIGINT, SIGCHLD] = [2, 17]
+const [SIG_DFL, SIG_IGN] = [0, 1]
+const EINTR = 4
+const RLIMIT_NOFILE = 7
+
+const self = koffi.load(null)
+const libc = {}
+for (const declaration of [
+  'long recvmsg(int, void *, int)', 'int fork()', 'int unshare(int)', 'int setns(int, int)',
+  'int mount(str, str, str, unsigned long, str)', 'int umount2(str, int)', 'int dup2(int, int)', 'int close(int)',
+  'int setresuid(uint, uint, uint)', 'int setresgid(uint, uint, uint)', 'int capset(void *, void *)',
+  'int prctl(int, unsigned long, uintptr_t, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
+  'uintptr_t signal(int, uintptr_t)', 'long getrandom(void *, size_t, uint)', 'int setrlimit(int, void *)', 'int execv(str, const char **)', 'void _exit(int)',
+  'void *dlsym(uintptr_t, str)', 'void *uv_default_loop()', 'int uv_loop_fork(void *)'
+]) {
+  libc[declaration.match(/(\w+)\(/)[1]] = self.func(declaration)
+}
+// Node's own interface for embedders, by the names that its compiler gives them
+libc.currentIsolate = self.func('_ZN2v87Isolate10GetCurrentEv', 'void *', [])
+libc.currentContext = self.func('_ZN2v87Isolate17GetCurrentContextEv', 'void *', ['void *'])
+libc.currentEnvironment = self.func('_ZN4node21GetCurrentEnvironmentEN2v85LocalINS0_7ContextEEE', 'void *', ['void *'])
+libc.atExit = self.func('_ZN4node6AtExitEPNS_11EnvironmentEPFvPvES2_', 'void', ['void *', 'void *', 'uintptr_t'])
+
+/** A function of libc; throws what it says has failed. */
+function call (name, ...values) {
+  const answer = libc[name](...values)
+  if (answer === -1) throw new Error(`${name} failed with error ${koffi.errno()}`)
+  return answer
+}
+
+const kept = []
+
+/** Memory with an address that stays: V8 moves small arrays about, and frees what it thinks nobody needs. */
+function steady (bytes) {
+  kept.push(Buffer.alloc(Math.max(bytes, 1024)))
+  return kept.at(-1)
+}
+
+/** Forks a child for every request. Returns in the child that is to be the program, and nowhere else. */
+function serve () {
+  const { setup, filters } = begin()
+  const receive = receiver()
+  const ownPids = fs.openSync('/proc/self/ns/pid', 'r')
+  for (;;) {
+    const { text, descriptors } = receive()
+    if (!text) libc._exit(0) // the server is gone
+    const request = JSON.parse(text)
+    call('unshare', CLONE_NEWPID) // for the next child only
+    if (libc.fork() === 0) {
+      try {
+        libc.close(ownPids)
+        becomeFirst(request, filters, descriptors, setup.collect)
+        makeWorld(request, descriptors)
+        giveUpRights(request, filters)
+        call('prctl', PR_SET_DUMPABLE, 1, 0, 0, 0)
+        becomeFresh()
+      } catch (failure) {
+        fs.writeSync(descriptors[REPORT], `failed: ${failure.message}`)
+        libc._exit(1)
+      }
+      return { report: descriptors[REPORT], job: descriptors[JOB] }
+    }
+    call('setns', ownPids, CLONE_NEWPID)
+    for (const descriptor of descriptors) libc.close(descriptor)
+  }
+}
+
+function begin () {
+  const buffer = Buffer.alloc(MESSAGE_BYTES)
+  const setup = JSON.parse(buffer.toString('utf8', 0, fs.readSync(0, buffer)))
+  const filters = setup.filters.map((hex) => {
+    const instructions = steady(hex.length / 2)
+    instructions.write(hex, 'hex')
+    const program = steady(16) // struct sock_fprog
+    program.writeUInt16LE(hex.length / 2 / INSTRUCTION_BYTES, 0)
+    program.writeBigUInt64LE(BigInt(koffi.address(instructions)), 8)
+    return { program, instructions }
+  })
+  for (const name of setup.preload) require(name)
+  rehearse()
+  for (let capability = 0; libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) === 0;) capability++
+  libc.signal(SIGCHLD, SIG_IGN) // the kernel reaps
+  fs.writeSync(0, 'ready')
+  return { setup, filters }
+}
+
+/** Does once what nearly every program does, so that it need not be loaded and compiled in each child. */
+function rehearse () {
+  const { Console } = require('node:console')
+  const { Writable } = require('node:stream')
+  require('node:net') // what process.stdout is made of, when it is a pipe
+  const quiet = new Console(new Writable({ write: (chunk, encoding, done) => done() }))
+  quiet.log('%s', 1, { a: ['b', 2n, null] }, new Map([[1, new Error('rehearsal')]]))
+  setFlagsFromString('--expose-gc')
+  require('node:vm').runInNewContext('gc')()
+  setFlagsFromString('--no-expose-gc')
+}
+
+/** A function that waits for one message: its text, and the descriptors that came with it. */
+function receiver () {
+  const controlBytes = 16 + 4 * MOST_DESCRIPTORS
+  const [text, control] = [steady(MESSAGE_BYTES), steady(controlBytes)]
+  const [vector, header] = [steady(16), steady(56)] // struct iovec, struct msghdr
+  vector.writeBigUInt64LE(BigInt(koffi.address(text)), 0)
+  vector.writeBigUInt64LE(BigInt(text.length), 8)
+  header.writeBigUInt64LE(BigInt(koffi.address(vector)), 16)
+  header.writeBigUInt64LE(1n, 24)
+  header.writeBigUInt64LE(BigInt(koffi.address(control)), 32)
+  return () => {
+    let length
+    do {
+      header.writeBigUInt64LE(BigInt(controlBytes), 40)
+      length = libc.recvmsg(0, header, 0)
+    } while (length === -1 && koffi.errno() === EINTR)
+    const descriptors = []
+    const end = length > 0 && header.readBigUInt64LE(40) >= 16n ? Number(control.readBigUInt64LE(0)) : 0
+    for (let place = 16; place < end; place += 4) descriptors.push(control.readInt32LE(place))
+    return { text: length > 0 ? text.toString('utf8', 0, length) : '', descriptors }
+  }
+}
+
+/** Becomes the first process of a new world and forks the one that will be the program, where this returns. */
+function becomeFirst (request, filters, descriptors, collect) {
+  libc.signal(SIGCHLD, SIG_DFL)
+  for (const group of descriptors.slice(FIRST_GROUP)) { // from here on, what is used counts as the run's
+    fs.writeSync(group, '0')
+    libc.close(group)
+  }
+  const [report, job] = descriptors
+  fs.writeSync(report, 'init')
+  call('unshare', CLONE_OTHERS)
+  const program = call('fork')
+  if (program === 0) return
+  giveUpRights(request, filters)
+  call('prctl', PR_SET_DUMPABLE, 0, 0, 0, 0) // the program has the same user
+  libc.signal(SIGINT, SIG_IGN)
+  for (const descriptor of [0, 1, 2, ...descriptors.slice(STDIN, FIRST_GROUP)]) libc.close(descriptor)
+  const status = Buffer.alloc(4)
+  while (libc.waitpid(-1, status, 0) !== program);
+  const ended = `ended ${process.hrtime.bigint()} ${status.readInt32LE(0)}`
+  const header = Buffer.alloc(HEADER_BYTES)
+  fs.readSync(job, header, 0, HEADER_BYTES, 0)
+  if (header.readBigUInt64LE(0)) {
+    process.chdir('/work')
+    libc.execv(collect[0], [...collect, String(report), String(header.readBigUInt64LE(0)), ended, null])
+  }
+  fs.writeSync(report, ended)
+  libc._exit(0)
+}
+
+/** Mounts what is the run's own, and takes its standard streams. */
+function makeWorld (request, descriptors) {
+  call('mount', 'proc', '/proc', 'proc', MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, null)
+  for (const place of ['/tmp', '/work', '/dev/shm']) {
+    call('mount', 'tmpfs', place, 'tmpfs', MS_NOSUID | MS_NODEV, request.scratch)
+  }
+  call('umount2', '/forkserver', MNT_DETACH)
+  process.chdir('/work')
+  for (const number of [0, 1, 2]) {
+    call('dup2', descriptors[STDIN + number], number)
+    libc.close(descriptors[STDIN + number])
+  }
+}
+
+/** Takes the slot's user and drops every right that could be used or regained. */
+function giveUpRights ({ user, open_files: openFiles }, filters) {
+  const limit = Buffer.alloc(16) // struct rlimit
+  limit.writeBigUInt64LE(BigInt(openFiles), 0)
+  limit.writeBigUInt64LE(BigInt(openFiles), 8)
+  call('setrlimit', RLIMIT_NOFILE, limit)
+  if (user !== process.getuid()) {
+    call('setresgid', user, user, user)
+    call('setresuid', user, user, user)
+  }
+  const version = Buffer.alloc(8)
+  version.writeUInt32LE(CAPABILITY_VERSION_3, 0)
+  call('capset', version, Buffer.alloc(24))
+  call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+  for (const { program } of filters) call('prctl', PR_SET_SECCOMP, SECCOMP_MODE_FILTER, koffi.address(program), 0, 0)
+}
+
+/** Makes a forked node like one that has just been started. */
+function becomeFresh () {
+  call('uv_loop_fork', libc.uv_default_loop())
+  Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
+  reseed()
+  leaveEarly()
+}
+
+/** Math.random() goes on from its state when the fork server was forked, unless it is told a seed at its first use. */
+function reseed () {
+  const seed = Buffer.alloc(4)
+  call('getrandom', seed, seed.length, 0)
+  setFlagsFromString(`--random-seed=${seed.readUInt32LE() >>> 1 || 1}`)
+  Math.random()
+  setFlagsFromString('--random-seed=0')
+}
+
+/**
+ * Ends the process when its program is through: node itself would wait for threads that did not survive the fork. Where
+ * node has something to print after 'exit' was emitted (an error that nobody caught; an await that nothing settles), it
+ * goes on, and ends where embedders are told that it does.
+ */
+function leaveEarly () {
+  const UNSETTLED_AWAIT = 13
+  const environment = libc.currentEnvironment(libc.currentContext(libc.currentIsolate()))
+  const exit = libc.dlsym(0, '_exit')
+  libc.atExit(environment, exit, 0) // should the program take our emit away
+  const { emit } = process
+  let uncaught = false
+  process.emit = function (event, ...values) {
+    if (event !== 'exit') {
+      const handled = Reflect.apply(emit, this, [event, ...values])
+      if (event === 'uncaughtException') uncaught = !handled
+      return handled
+    }
+    let code = 1
+    try {
+      const handled = Reflect.apply(emit, this, [event, ...values])
+      code = process.exitCode ?? values[0] ?? 0
+      if (!uncaught && code !== UNSETTLED_AWAIT) libc._exit(code)
+      return handled
+    } finally {
+      libc.atExit(environment, exit, code)
+    }
+  }
+}
+
+module.exports = { serve }

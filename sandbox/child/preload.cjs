@@ -1,0 +1,38 @@
+// What every node that is started ahead of its job loads first (--require). Workers load it again: then it does nothing.
+'use strict'
+
+const { isMainThread } = require('node:worker_threads')
+
+if (isMainThread) {
+  const fs = require('node:fs')
+  let ready
+  if (process.env.FORK_SERVER) {
+    delete process.env.FORK_SERVER
+    ready = require('/forkserver/fork_node.cjs').serve()
+  } else {
+    ready = { report: 3, job: 4 } // as fork_python.py leaves them
+  }
+  awaitJob(fs, ready.report, ready.job)
+  process.execArgv.length = 0
+  for (const path of Object.keys(require.cache)) delete require.cache[path]
+  module.children.length = 0
+  fs.writeSync(ready.report, `started ${process.hrtime.bigint()}`)
+  fs.closeSync(ready.report)
+}
+
+/** Waits for the job and leaves node as it is when it is about to run main.js. */
+function awaitJob (fs, report, job) {
+  const HEADER_BYTES = 8
+  fs.writeSync(report, 'ready')
+  if (fs.readSync(report, Buffer.alloc(1)) === 0) process.reallyExit(0) // not wanted any more
+  const text = Buffer.alloc(fs.fstatSync(job).size - HEADER_BYTES)
+  fs.readSync(job, text, 0, text.length, HEADER_BYTES)
+  fs.closeSync(job)
+  const { args, files } = JSON.parse(text.toString())
+  for (const [name, content] of Object.entries(files)) {
+    const folder = name.replace(/\/?[^/]*$/, '')
+    if (folder) fs.mkdirSync(folder, { recursive: true })
+    fs.writeFileSync(name, content, { flag: 'wx' })
+  }
+  process.argv.push(...args)
+}

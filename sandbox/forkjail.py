@@ -1,0 +1,162 @@
+"""Fork servers as the server sees them: a jail each with a warm interpreter in it, and a few to take in turn."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from sandbox.engine import EngineUnavailable
+from sandbox.jail import JailGroup, end_with_server
+from sandbox.model import Limits
+
+START_SECONDS = 20.0
+REPLY_BYTES = 1 << 16
+OWN_LIMITS = Limits(memory_bytes=1 << 30, processes=1024)
+"""Of a fork server. Its children are in it only until they have joined the groups of their runs."""
+
+
+class ForkServer:
+    """One jail whose first process forks on request."""
+
+    def __init__(
+        self, nsjail: Path, config: str, setup: bytes, leaf: JailGroup, give_back: Callable[[], None], *, warded: bool
+    ) -> None:
+        """Starts it and waits until it is ready. `setup` is its first message; `give_back` is called when it is gone.
+
+        Raises:
+            EngineUnavailable: it did not start; the text has its own last words.
+        """
+        self.forks = self.slots = 0
+        self._leaf = leaf
+        self._give_back = give_back
+        leaf.limit(OWN_LIMITS)
+        self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._log = os.memfd_create("log", os.MFD_CLOEXEC)
+        config_fd = os.memfd_create("config", os.MFD_CLOEXEC)
+        try:
+            with open(config_fd, "w", closefd=False) as file:
+                file.write(config)
+            command = [str(nsjail), "--config", f"/proc/self/fd/{config_fd}"]
+            self._process = subprocess.Popen(
+                command, stdin=far_end.fileno(), stdout=self._log, stderr=self._log, env={}, cwd="/",
+                pass_fds=(config_fd,), preexec_fn=None if warded else end_with_server,
+            )  # fmt: skip
+        finally:
+            far_end.close()
+            os.close(config_fd)
+        try:
+            leaf.add(self._process.pid)
+            self._control.settimeout(START_SECONDS)
+            self._control.send(setup)
+            if self._control.recv(REPLY_BYTES) != b"ready":
+                raise EngineUnavailable(f"a fork server did not start: {self._last_words()}")
+        except OSError as failure:
+            words = self._last_words()
+            self.close()
+            raise EngineUnavailable(f"a fork server did not start: {failure}; {words}") from failure
+        except EngineUnavailable:
+            self.close()
+            raise
+
+    def is_alive(self) -> bool:
+        """Whether it can be asked to fork."""
+        return self._process.poll() is None
+
+    def fork(self, request: bytes, descriptors: Sequence[int]) -> None:
+        """Asks for a child, which is given the descriptors. Raises OSError when the fork server is gone."""
+        socket.send_fds(self._control, [request], descriptors)
+
+    def close(self) -> None:
+        """Ends it and with it every process that it ever forked. Blocks."""
+        self._process.kill()
+        asyncio.run(self._leaf.remove())
+        self._process.wait()
+        self._control.close()
+        os.close(self._log)
+        self._give_back()
+
+    def _last_words(self) -> str:
+        """The end of what it, or nsjail around it, has written; it is called when the jail has ended or hangs."""
+        text = os.pread(self._log, 1 << 20, 0).decode(errors="replace")
+        lines = [line for line in text.splitlines() if line.strip() and not line.startswith("[I]")]
+        return " / ".join(lines[-3:]) or "without a word"
+
+
+class ForkServers:
+    """A few fork servers of one language, taken in turn. One that is worn out or dead is replaced."""
+
+    def __init__(self, make: Callable[[], ForkServer], count: int, most_forks: int) -> None:
+        """`make` blocks until one is ready."""
+        self._make = make
+        self._count = count
+        self._most_forks = most_forks
+        self._servers: list[ForkServer] = []
+        self._retired: list[ForkServer] = []
+        self._turns = itertools.count()
+        self._lock = threading.Lock()
+        self._replacing = threading.Lock()
+        self._threads = ThreadPoolExecutor(max(2, os.cpu_count() or 1), thread_name_prefix="fork servers")
+
+    def start(self) -> None:
+        """Starts all. Blocks. Raises EngineUnavailable."""
+        starts = [self._threads.submit(self._make) for _ in range(self._count)]
+        failure: BaseException | None = None
+        for start in starts:
+            try:
+                self._servers.append(start.result())
+            except EngineUnavailable as problem:
+                failure = problem
+        if failure is not None:
+            self.close()
+            raise failure
+
+    def take(self) -> ForkServer:
+        """The next in turn; `give_back` it when its slot is gone. Blocks while a dead one is replaced."""
+        while True:
+            with self._lock:
+                server = self._servers[next(self._turns) % len(self._servers)]
+                if server.is_alive():
+                    server.slots += 1
+                    server.forks += 1
+                    if server.forks == self._most_forks:
+                        self._threads.submit(self._replace, server)
+                    return server
+            self._replace(server)
+
+    def give_back(self, server: ForkServer) -> None:
+        """A slot of `server` is gone."""
+        with self._lock:
+            server.slots -= 1
+            worn_out = server in self._retired and not server.slots
+            if worn_out:
+                self._retired.remove(server)
+        if worn_out:
+            self._threads.submit(server.close)
+
+    def close(self) -> None:
+        """Ends all, and whatever they have forked. Blocks."""
+        self._threads.shutdown()
+        for server in [*self._servers, *self._retired]:
+            server.close()
+        self._servers.clear()
+        self._retired.clear()
+
+    def _replace(self, old: ForkServer) -> None:
+        with self._replacing:
+            if old not in self._servers:
+                return
+            new = self._make()
+            with self._lock:
+                self._servers[self._servers.index(old)] = new
+                idle = not old.slots
+                if not idle:
+                    self._retired.append(old)
+            if idle:
+                old.close()

@@ -1,0 +1,253 @@
+"""ForkServerEngine: runs start in milliseconds, forked from warm interpreters inside jails."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import marshal
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from background import spawn
+from sandbox.engine import EngineUnavailable
+from sandbox.forkjail import ForkServer, ForkServers
+from sandbox.host import FIRST_UID, UIDS, Host, Uids
+from sandbox.interpreters import find_koffi, runtime_folder
+from sandbox.languages import LANGUAGES, environment
+from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
+from sandbox.policy import (
+    INSIDE_UID,
+    bind,
+    command_of,
+    content,
+    environment_of,
+    folder,
+    identity,
+    quoted,
+    scratch,
+    tree,
+)  # fmt: skip
+from sandbox.ready import Ready
+from sandbox.seccomp import bpf, kafel_of_fork_server
+from sandbox.slot import OWN_PROCESSES, Slot
+
+log = logging.getLogger(__name__)
+
+CHILD = Path(__file__).parent / "child"
+SERVER_UIDS = 100
+"""So many of an engine's user ids are for the fork servers themselves."""
+NAMED_UIDS = 256
+"""So many of the slots' users have a name in their /etc/passwd; more are rarely needed at once."""
+SEEDS = 4
+"""Python's hashes are seeded when it starts, not when it is forked. So runs take turns on a few fork servers…"""
+MOST_FORKS = 250
+"""…each of which is replaced, at a cost of about a dozen runs, after so many."""
+EVER = 1 << 62
+MARSHAL_VERSION = 4
+PRELOAD = (
+    "collections", "contextlib", "copy", "dataclasses", "datetime", "functools", "heapq", "io", "itertools", "json",
+    "math", "operator", "random", "re", "string", "threading", "traceback", "typing",
+)  # fmt: skip
+"""Python's modules that programs import most, apart from those that python has imported anyway."""
+TRIALS: dict[Language, tuple[str, str]] = {
+    "python": ("import os, sys; print(os.getpid(), sys.argv)", "2 ['main.py']\n"),
+    "javascript": ("console.log(process.pid > 0, process.argv.length)", "true 2\n"),
+}
+
+
+class ForkServerEngine:
+    """Runs each Job in a child that was forked ahead of need and waits in namespaces of its own.
+
+    Needs what NsjailEngine needs, and libseccomp. Where koffi is not installed, node processes are started ahead
+    instead of forked.
+    """
+
+    name = "forkserver"
+
+    def __init__(
+        self, python: Path | None = None, node: Path | None = None, warm: int = 1, number: int = 0,
+        preload: tuple[str, ...] = PRELOAD, usual: Limits | None = None,
+    ) -> None:  # fmt: skip
+        """`warm` slots of each language wait for the next runs.
+
+        `number` tells engines on one machine apart, `preload` are the modules that python's fork servers import, and
+        `usual` are the limits that runs mostly have: others of `tmp_bytes` and `open_files` take a moment longer.
+        """
+        self._wanted = python, node
+        self._warm = warm
+        self._preload = preload
+        self._usual = usual or Limits()
+        self._first_uid = FIRST_UID + number * UIDS
+        self._server_uids, self._uids = Uids(self._first_uid), Uids(self._first_uid + SERVER_UIDS)
+        self._host: Host | None = None
+        self._koffi: Path | None = None
+        self._servers: dict[Language, ForkServers] = {}
+        self._slots: dict[Language, Ready[Slot]] = {}
+        self._leaving: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Starts the fork servers and tries them. Raises EngineUnavailable."""
+        self._host = host = Host(*self._wanted)
+        try:
+            self._filters = bpf()
+            self._koffi = find_koffi(not host.is_root, runtime_folder())
+            if self._koffi is None:
+                log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
+            python = ForkServers(lambda: self._start_python(host), SEEDS, MOST_FORKS)
+            node = ForkServers(lambda: self._start_node(host), 1, EVER) if self._koffi else python
+            self._servers = {"python": python, "javascript": node}
+            for servers in set(self._servers.values()):
+                await asyncio.to_thread(servers.start)
+            for language in LANGUAGES:
+                make = functools.partial(self._make_slot, host, language, self._usual)
+                self._slots[language] = Ready(make, self._warm)
+                await self._slots[language].fill()
+            for trial in TRIALS:
+                await self._try(trial)
+        except OSError as failure:
+            await self.close()
+            raise EngineUnavailable(str(failure)) from failure
+        except EngineUnavailable:
+            await self.close()
+            raise
+
+    def warnings(self) -> list[str]:
+        """What this machine does not let the engine enforce."""
+        return self._host.warnings() if self._host is not None else []
+
+    async def run(self, job: Job, channel: Channel) -> Outcome:
+        """Runs `job` in a slot."""
+        slot = await self._take(job)
+        try:
+            slot.leaf.limit(job.limits, OWN_PROCESSES)
+            slot.begin(self._task_of(job))
+            return await slot.watch(job, channel)
+        finally:
+            await slot.gone()
+            leaving = spawn(slot.discard(), name="give back a slot")
+            self._leaving.add(leaving)
+            leaving.add_done_callback(self._leaving.discard)
+
+    async def close(self) -> None:
+        """Ends the fork servers and gives the control groups back."""
+        for slots in self._slots.values():
+            await slots.close()
+        while self._leaving:
+            await asyncio.wait(self._leaving)
+        for servers in set(self._servers.values()):
+            await asyncio.to_thread(servers.close)
+        if self._host is not None:
+            self._host.close()
+        self._slots, self._servers, self._host = {}, {}, None
+
+    async def _take(self, job: Job) -> Slot:
+        if self._host is None:
+            raise EngineUnavailable("the forkserver engine is not open")
+        if (job.limits.tmp_bytes, job.limits.open_files) == (self._usual.tmp_bytes, self._usual.open_files):
+            return await self._slots[job.language].take()
+        make = functools.partial(self._make_slot, self._host, job.language, job.limits)
+        return await Ready(make, 0).take()
+
+    async def _try(self, language: Language) -> None:
+        code, expected = TRIALS[language]
+        outcome = await self.run(Job(language, code), Channel())
+        if (outcome.status, outcome.stdout) != (Status.OK, expected):
+            raise EngineUnavailable(f"{language} does not run well when forked: {outcome.error or outcome.stdout}")
+
+    def _make_slot(self, host: Host, language: Language, limits: Limits) -> Slot:
+        """A slot that waits. Called in threads."""
+        servers = self._servers[language]
+        server = servers.take()
+        uid = self._uids.take()
+        inside = INSIDE_UID + 1 + uid - self._first_uid - SERVER_UIDS if host.is_root else INSIDE_UID
+        request: dict[str, object] = {
+            "user": inside,
+            "scratch": f"{scratch(limits)},uid={inside},gid={inside}",
+            "open_files": limits.open_files,
+        }
+        if language == "javascript" and self._koffi is None:
+            interpreter = str(host.interpreters[language].inside)
+            request["start"] = {
+                "argv": [interpreter, "--require", "/preload/preload.cjs", LANGUAGES[language].file_name],
+                "environment": _environment(language),
+            }
+        leaf = host.groups.leaf()
+        forks_python = servers is self._servers["python"]
+        encoded = marshal.dumps(request, MARSHAL_VERSION) if forks_python else json.dumps(request).encode()
+
+        def give_back() -> None:
+            servers.give_back(server)
+            self._uids.give_back(uid)
+
+        try:
+            return Slot(server, leaf, uid, encoded, give_back)
+        except OSError:
+            asyncio.run(leaf.remove())
+            give_back()
+            raise
+
+    def _task_of(self, job: Job) -> bytes:
+        """The job's file, as fork_python.py and preload.cjs read it."""
+        return_bytes = job.limits.output_bytes if job.return_files else 0
+        files = {**job.files, LANGUAGES[job.language].file_name: job.code}
+        if job.language == "python":
+            contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
+            task = marshal.dumps((list(job.args), contents), MARSHAL_VERSION)
+        else:
+            task = json.dumps({"args": job.args, "files": files}).encode()
+        return return_bytes.to_bytes(8, "little") + task
+
+    def _start_python(self, host: Host) -> ForkServer:
+        python = str(host.interpreters["python"].inside)
+        lines = [
+            *(content(f"/forkserver/{name}", (CHILD / source).read_text())
+              for name, source in (("sitecustomize.py", "fork_python.py"), ("collect.py", "collect.py"))),
+            *environment_of({**_environment("python"), "PYTHONPATH": "/forkserver"}),
+            command_of([python, LANGUAGES["python"].file_name]),
+        ]  # fmt: skip
+        setup = marshal.dumps({"filters": self._filters, "preload": self._preload}, MARSHAL_VERSION)
+        return self._start(host, lines, setup)
+
+    def _start_node(self, host: Host) -> ForkServer:
+        assert self._koffi is not None
+        node = str(host.interpreters["javascript"].inside)
+        options = ["--single-threaded", "--v8-pool-size=0", "--require", "/preload/preload.cjs"]
+        lines = [
+            content("/forkserver/fork_node.cjs", (CHILD / "fork_node.cjs").read_text()),
+            bind(self._koffi, "/forkserver/node_modules"),
+            *environment_of({**_environment("javascript"), "FORK_SERVER": "1"}),
+            command_of([node, *options, LANGUAGES["javascript"].file_name]),
+        ]
+        collect = [str(host.interpreters["python"].inside), "-I", "-S", "/preload/collect.py"]
+        setup = {"filters": [one.hex() for one in self._filters], "preload": [], "collect": collect}
+        return self._start(host, lines, json.dumps(setup).encode())
+
+    def _start(self, host: Host, lines: list[str], setup: bytes) -> ForkServer:
+        """A fork server in a jail of its own, with the rights to make the world of a run."""
+        uid = self._server_uids.take()
+        users = identity(INSIDE_UID, uid, uid if host.is_root else os.getegid())
+        if host.is_root:
+            slots = self._first_uid + SERVER_UIDS
+            users += identity(INSIDE_UID + 1, slots, slots, UIDS - SERVER_UIDS)
+        config = [
+            *tree(host, NAMED_UIDS if host.is_root else 1),
+            f"seccomp_string: {quoted(kafel_of_fork_server())}",
+            *users,
+            *(f'cap: "CAP_{right}"' for right in ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP")),
+            "time_limit: 0",
+            "rlimit_nofile_type: HARD",
+            "rlimit_nproc_type: HARD",
+            *(folder(place) for place in ("/tmp", "/work", "/dev/shm", "/forkserver", "/preload")),  # noqa: S108
+            *(content(f"/preload/{name}", (CHILD / name).read_text()) for name in ("preload.cjs", "collect.py")),
+            *lines,
+        ]
+        leaf = host.groups.leaf()
+        give_back = functools.partial(self._server_uids.give_back, uid)
+        return ForkServer(host.nsjail, "\n".join(config), setup, leaf, give_back, warded=host.warden is not None)
+
+
+def _environment(language: Language) -> Mapping[str, str]:
+    return environment(language, home="/work", scratch="/tmp")  # noqa: S108 -- the jail's own
