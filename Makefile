@@ -3,15 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OURS := server.py config.py background.py processes.py handlers protocol services sandbox tools bench
+KOFFI := sandbox/child/node_modules/.package-lock.json
 ARGS ?=
 MINUTES ?= 30
 
 .PHONY: serve test check corpus bench soak clean
 
-serve: $(VENV)/serve
+serve: $(VENV)/serve $(KOFFI)
 	$(BIN)/python server.py $(ARGS)
 
-test: $(VENV)/develop
+test: $(VENV)/develop $(KOFFI)
 	@tools/install_redis.sh
 	$(BIN)/python -m pytest $(ARGS)
 
@@ -20,13 +21,13 @@ check: $(VENV)/develop
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict $(OURS)
 
-corpus: $(VENV)/develop
+corpus: $(VENV)/develop $(KOFFI)
 	$(BIN)/python tools/corpus.py $(ARGS)
 
-bench: $(VENV)/develop
+bench: $(VENV)/develop $(KOFFI)
 	$(BIN)/python -m bench.cold $(ARGS)
 
-soak: $(VENV)/develop
+soak: $(VENV)/develop $(KOFFI)
 	$(BIN)/python -m bench.soak --minutes $(MINUTES)
 
 $(VENV)/bin/python:
@@ -40,5 +41,10 @@ $(VENV)/develop: requirements.txt requirements-dev.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/serve
 
+# With koffi, node can be forked. Without it, which is no reason not to start, node is started ahead.
+$(KOFFI): sandbox/child/package-lock.json | $(VENV)/serve
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/npm ci --prefix sandbox/child --ignore-scripts --no-audit --no-fund --silent \
+	    && touch $@ || echo "koffi could not be installed: node will be started ahead, not forked"
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) sandbox/child/node_modules

@@ -57,7 +57,7 @@ async def started(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Proces
 def marked(mark: str) -> Iterator[psutil.Process]:
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if mark in " ".join(process.cmdline()):
+            if mark in " ".join([process.name(), *process.cmdline()]):
                 yield process
 
 
@@ -118,9 +118,10 @@ async def test_kill_9_leaves_no_jailed_process(tmp_path: Path) -> None:
     async with started(tmp_path) as (process, port):
         client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws"))
         mark = f"mark-{os.getpid()}"
-        spin = {"mode": "standalone", "args": [mark], "limits": {"timeMs": 60_000}}
-        await client.send("runCode", {**spin, "language": "python", "code": "import os; os.fork()\nwhile 1: pass"})
-        await client.send("runCode", {**spin, "language": "javascript", "code": "for (;;);"})
+        spin = {"mode": "standalone", "limits": {"timeMs": 60_000}}
+        named = f"import ctypes, os; ctypes.CDLL(None).prctl(15, b'{mark}', 0, 0, 0); os.fork()"
+        await client.send("runCode", {**spin, "language": "python", "code": f"{named}\nwhile 1: pass"})
+        await client.send("runCode", {**spin, "language": "javascript", "code": f"process.title = '{mark}'; for (;;);"})
         await until(lambda: len(list(marked(mark))) >= 3, 60)
         process.kill()
 

@@ -191,6 +191,7 @@ async def test_a_flood_is_cut_and_whole_for_a_client_that_reads() -> None:
 async def test_a_client_that_stops_reading_is_closed_and_its_program_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "PATIENCE_SECONDS", 0.5 * SECOND)
     async with serving(outbox_bytes=100_000) as server, connected(server) as other:
+        idle = jailed()
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(
             b"GET /appws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
@@ -201,9 +202,9 @@ async def test_a_client_that_stops_reading_is_closed_and_its_program_ended(monke
         code = "import os, time\nfor _ in range(120):\n    os.write(1, b'x' * 65536)\ntime.sleep(1e6)"
         text = json.dumps({"action": "runCode", "data": live(code, limits={"outputBytes": 8 << 20})}).encode()
         writer.write(b"\x81\xfe" + len(text).to_bytes(2, "big") + bytes(4) + text)
-        await until(jailed)
+        await until(lambda: jailed() > idle)
         assert (await other.run("print(1)"))["output"] == "1\n"
-        await until(lambda: not jailed(), 60)
+        await until(lambda: jailed() == idle, 60)
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()

@@ -140,11 +140,12 @@ async def test_the_id_of_an_ended_task_may_be_used_again() -> None:
 
 async def test_cancelled_tasks_fail_with_cancelled_whether_queued_or_running() -> None:
     async with serving(tasks_at_once=2) as server, connected(server) as client:
+        idle = jailed()
         ids = [f"t{n}" for n in range(5)]
         await client.send("startTasks", {"tasks": [task(id, "runCode", **ETERNAL) for id in ids]})
         await client.hear()
         await client.hear()
-        await until(lambda: len(jailed()) >= 2)
+        await until(lambda: jailed() >= idle + 2)
         await client.send("cancelTasks", {"ids": [*ids, "unknown"]}, id="c")
         heard = [await client.hear() for _ in range(3 + 5 + 1)]
 
@@ -153,7 +154,7 @@ async def test_cancelled_tasks_fail_with_cancelled_whether_queued_or_running() -
         assert {id: (u["status"], u["result"]["code"]) for id, u in ended.items()} == dict.fromkeys(
             ids, ("failed", "CANCELLED")
         )
-        await until(lambda: not jailed())
+        await until(lambda: jailed() == idle)
 
 
 async def test_get_tasks_tells_the_last_update_of_each_and_then_acknowledges() -> None:
@@ -184,10 +185,11 @@ async def test_a_thousand_tasks_all_end_and_leave_others_their_turn() -> None:
 
 async def test_tasks_end_with_their_connection() -> None:
     async with serving() as server:
+        idle = jailed()
         async with connected(server) as client:
             await client.send("startTasks", {"tasks": [task("a", "runCode", **ETERNAL)]})
-            await until(jailed)
-        await until(lambda: not jailed())
+            await until(lambda: jailed() > idle)
+        await until(lambda: jailed() == idle)
 
 
 async def test_a_session_finds_its_ended_and_its_interrupted_tasks_again() -> None:
