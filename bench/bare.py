@@ -1,7 +1,8 @@
-"""The bare alternative: an nsjail command as other servers run it, without a server around it.
+"""The bare alternatives: a command for each run, as other servers do it, without a server around it.
 
-`same_command` is the very command of our engine, its init included; `plain_command` makes the same jail and starts
-the interpreter in it directly. Neither has a control group, reads live output, or judges.
+`same_command` is the very nsjail command of our engine, its init included; `plain_command` makes the same jail and
+starts the interpreter in it directly; `unjailed_command` starts it without a jail. None has a control group, reads live
+output, or judges.
 """
 
 from __future__ import annotations
@@ -68,6 +69,24 @@ def plain_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
             done = subprocess.run(
                 [engine._opened().nsjail, "--config", config], stdin=subprocess.DEVNULL, capture_output=True, text=True,
                 env={}, check=False,
+            )  # fmt: skip
+        assert done.stdout == expected, done
+
+    return run
+
+
+def unjailed_command(engine: NsjailEngine, job: Job, expected: str) -> Run:
+    """Runs the interpreter as a plain child process."""
+    interpreter = str(engine._opened().interpreters[job.language].executable)
+    file_name = LANGUAGES[job.language].file_name
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            with open(os.path.join(folder, file_name), "w") as file:
+                file.write(job.code)
+            done = subprocess.run(
+                [interpreter, file_name], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=folder,
+                env=environment(job.language, home=folder, scratch=folder), check=False,
             )  # fmt: skip
         assert done.stdout == expected, done
 

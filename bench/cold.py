@@ -11,12 +11,12 @@ import json
 import statistics
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bench.bare import Run, plain_command, same_command
+from bench.bare import plain_command, same_command
 from bench.client import ask, server, to
+from bench.rates import rate_of_command, rate_of_server
 from sandbox.languages import LANGUAGES
 from sandbox.model import Job
 from sandbox.nsjail import NsjailEngine
@@ -56,33 +56,12 @@ async def _measure(engine: NsjailEngine, port: int, job: Job, runs: int) -> dict
                     bare[name]()
                 if number >= 0:
                     times[name].append((time.perf_counter() - begin) * 1000)
-    rates = {name: _rate(run, runs) for name, run in bare.items()}
+    rates = [rate_of_command(run, AT_ONCE, runs) for run in bare.values()]
+    rates.insert(0, await rate_of_server(port, request, "hello\n", AT_ONCE, runs))
     return {
         name: {"p50_ms": statistics.median(ms), "p99_ms": statistics.quantiles(ms, n=100)[98], "runs_per_s": rate}
-        for (name, ms), rate in zip(
-            times.items(), (await _rate_of_server(port, request, runs), *rates.values()), strict=True
-        )
+        for (name, ms), rate in zip(times.items(), rates, strict=True)
     }
-
-
-def _rate(run: Run, runs: int) -> float:
-    """Runs per second, four at once."""
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        begin = time.perf_counter()
-        for ended in [pool.submit(run) for _ in range(runs)]:
-            ended.result()
-        return runs / (time.perf_counter() - begin)
-
-
-async def _rate_of_server(port: int, request: dict[str, str], runs: int) -> float:
-    async def client(count: int) -> None:
-        async with to(port) as connection:
-            for _ in range(count):
-                await ask(connection, "runCode", request)
-
-    begin = time.perf_counter()
-    await asyncio.gather(*(client(runs // AT_ONCE) for _ in range(AT_ONCE)))
-    return runs // AT_ONCE * AT_ONCE / (time.perf_counter() - begin)
 
 
 def _print(result: dict[str, Any]) -> None:

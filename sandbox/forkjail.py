@@ -34,6 +34,7 @@ class ForkServer:
             EngineUnavailable: it did not start; the text has its own last words.
         """
         self.forks = self.slots = 0
+        self._is_lost = False
         self._leaf = leaf
         self._give_back = give_back
         leaf.limit(OWN_LIMITS)
@@ -67,10 +68,14 @@ class ForkServer:
 
     def is_alive(self) -> bool:
         """Whether it can be asked to fork."""
-        return self._process.poll() is None
+        return not self._is_lost and self._process.poll() is None
+
+    def lost(self) -> None:
+        """It was found not to answer, perhaps before its jail has ended."""
+        self._is_lost = True
 
     def fork(self, request: bytes, descriptors: Sequence[int]) -> None:
-        """Asks for a child, which is given the descriptors. Raises OSError when the fork server is gone."""
+        """Asks for a child, which is given the descriptors. Raises BrokenPipeError when the fork server is gone."""
         socket.send_fds(self._control, [request], descriptors)
 
     def close(self) -> None:

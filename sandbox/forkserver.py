@@ -32,7 +32,7 @@ from sandbox.policy import (
 )  # fmt: skip
 from sandbox.ready import Ready
 from sandbox.seccomp import bpf, kafel_of_fork_server
-from sandbox.slot import OWN_PROCESSES, Slot
+from sandbox.slot import OWN_PROCESSES, ForkServerLost, Slot
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,10 @@ class ForkServerEngine:
             if self._koffi is None:
                 log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
             python = ForkServers(lambda: self._start_python(host), SEEDS, MOST_FORKS)
-            node = ForkServers(lambda: self._start_node(host), 1, EVER) if self._koffi else python
+            start_node = self._start_node if self._koffi else self._start_python
+            node = ForkServers(lambda: start_node(host), 1, EVER)
             self._servers = {"python": python, "javascript": node}
-            for servers in set(self._servers.values()):
+            for servers in self._servers.values():
                 await asyncio.to_thread(servers.start)
             for language in LANGUAGES:
                 make = functools.partial(self._make_slot, host, language, self._usual)
@@ -137,7 +138,7 @@ class ForkServerEngine:
             await slots.close()
         while self._leaving:
             await asyncio.wait(self._leaving)
-        for servers in set(self._servers.values()):
+        for servers in self._servers.values():
             await asyncio.to_thread(servers.close)
         if self._host is not None:
             self._host.close()
@@ -157,8 +158,8 @@ class ForkServerEngine:
         if (outcome.status, outcome.stdout) != (Status.OK, expected):
             raise EngineUnavailable(f"{language} does not run well when forked: {outcome.error or outcome.stdout}")
 
-    def _make_slot(self, host: Host, language: Language, limits: Limits) -> Slot:
-        """A slot that waits. Called in threads."""
+    def _make_slot(self, host: Host, language: Language, limits: Limits, attempts: int = 2 * SEEDS) -> Slot:
+        """A slot that waits, of the first fork server that answers. Called in threads."""
         servers = self._servers[language]
         server = servers.take()
         uid = self._uids.take()
@@ -175,8 +176,8 @@ class ForkServerEngine:
                 "environment": _environment(language),
             }
         leaf = host.groups.leaf()
-        forks_python = servers is self._servers["python"]
-        encoded = marshal.dumps(request, MARSHAL_VERSION) if forks_python else json.dumps(request).encode()
+        forks_node = language == "javascript" and self._koffi is not None
+        encoded = json.dumps(request).encode() if forks_node else marshal.dumps(request, MARSHAL_VERSION)
 
         def give_back() -> None:
             servers.give_back(server)
@@ -184,10 +185,16 @@ class ForkServerEngine:
 
         try:
             return Slot(server, leaf, uid, encoded, give_back)
-        except OSError:
-            asyncio.run(leaf.remove())
-            give_back()
-            raise
+        except (ForkServerLost, ConnectionError) as loss:
+            server.lost()
+            failure: OSError = loss
+        except OSError as problem:
+            failure = problem
+        asyncio.run(leaf.remove())
+        give_back()
+        if not server.is_alive() and attempts > 1:
+            return self._make_slot(host, language, limits, attempts - 1)
+        raise failure
 
     def _task_of(self, job: Job) -> bytes:
         """The job's file, as fork_python.py and preload.cjs read it."""

@@ -22,6 +22,10 @@ OWN_PROCESSES = 1
 CREDENTIALS = struct.Struct("3i")
 
 
+class ForkServerLost(OSError):
+    """A fork server did not answer."""
+
+
 class Slot:
     """Made ahead of the run that will use it, in a thread."""
 
@@ -33,7 +37,8 @@ class Slot:
         Blocks.
 
         Raises:
-            OSError: the fork server is gone, or could not do it; the text says why.
+            ForkServerLost: it is gone.
+            OSError: it could not do it; the text says why.
         """
         self.leaf = leaf
         self._give_back = give_back
@@ -110,8 +115,10 @@ class Slot:
     def _hear(self, expected: bytes) -> int:
         """Waits for one word of the slot's; gives the process id, outside, of the one who said it."""
         word, ancillary, _, _ = self._end.recvmsg(REPORT_BYTES, socket.CMSG_SPACE(CREDENTIALS.size))
+        if not word:
+            raise ForkServerLost("a fork server is gone")
         if word != expected:
-            raise OSError(f"a fork server's child did not start: {word.decode(errors='replace') or 'it is gone'}")
+            raise OSError(f"a fork server's child did not start: {word.decode(errors='replace')}")
         pid, _, _ = CREDENTIALS.unpack(ancillary[0][2])
         return int(pid)
 

@@ -228,7 +228,7 @@ function leaveEarly () {
   const UNSETTLED_AWAIT = 13
   const environment = libc.currentEnvironment(libc.currentContext(libc.currentIsolate()))
   const exit = libc.dlsym(0, '_exit')
-  libc.atExit(environment, exit, 0) // should the program take our emit away
+  process.reallyExit = (code) => libc._exit(code ?? 0)
   const { emit } = process
   let uncaught = false
   process.emit = function (event, ...values) {

@@ -11,6 +11,7 @@ A child may also become another interpreter, started ahead of its job (`request[
 
 import atexit
 import ctypes
+import fcntl
 import gc
 import importlib
 import marshal
@@ -153,9 +154,9 @@ def give_up_rights(request: dict[str, Any], filters: list[Any]) -> None:
 
 def start(command: dict[str, Any], descriptors: list[int]) -> None:
     """Becomes another interpreter, which finds the socket as descriptor 3 and the job as 4."""
-    report, job = (os.dup(fd) for fd in (descriptors[REPORT], descriptors[JOB]))
-    for fd, number in ((report, 3), (job, 4)):
-        os.dup2(fd, number)
+    report, job = (fcntl.fcntl(descriptors[place], fcntl.F_DUPFD, 5) for place in (REPORT, JOB))
+    os.dup2(report, 3)
+    os.dup2(job, 4)
     os.closerange(5, 256)
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # those that python itself catches or ignores
         signal.signal(number, signal.SIG_DFL)
@@ -181,6 +182,9 @@ def await_job(report: int, job: int) -> None:
         sys.modules.pop(name.partition("/")[0].removesuffix(".py"), None)  # it comes before one that is warm
     sys.argv[1:] = sys.orig_argv[2:] = args
     sys.modules[__name__] = types.ModuleType(__name__)
+    main = types.ModuleType("__main__")  # not the one that is frozen: what a program leaves in it is to be collected
+    vars(main).update(vars(sys.modules["__main__"]))
+    sys.modules["__main__"] = main
     os.write(report, b"started %d" % time.monotonic_ns())
     os.close(report)
 

@@ -1,0 +1,406 @@
+"""What only fork servers can get wrong: what children share, what they could do to their parent, and its death."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from sandbox.engine import EngineUnavailable
+from sandbox.forkserver import SEEDS, ForkServerEngine
+from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
+from tests.conftest import SECOND, descriptors, leaves, opened, until, within
+
+RUNS = 12
+
+
+async def run(engine: object, code: str, language: Language = "python", **more: object) -> Outcome:
+    assert isinstance(engine, ForkServerEngine)
+    outcome = await within(engine.run(Job(language, code, **more), Channel()), 60)  # type: ignore[arg-type]
+    assert isinstance(outcome, Outcome)
+    return outcome
+
+
+def outputs(code: str, language: Language = "python", runs: int = RUNS) -> list[str]:
+    """What so many runs of one program print, one after the other."""
+
+    async def main() -> list[str]:
+        async with opened("forkserver") as engine:
+            done = [await run(engine, code, language) for _ in range(runs)]
+            assert {outcome.status for outcome in done} == {Status.OK}, done[0].error
+            return [outcome.stdout for outcome in done]
+
+    return asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import random; print(random.random())",
+        "import random; print(random.Random().random())",
+        "import uuid; print(uuid.uuid4())",
+        "import uuid; print(uuid.uuid1())",
+        "import secrets; print(secrets.token_hex())",
+        "import tempfile; print(tempfile.mktemp())",
+        "import ssl; print(ssl.RAND_bytes(8))",
+        "import os; print(os.urandom(8))",
+        "import time; print(time.time_ns(), time.perf_counter_ns())",
+    ],
+)
+def test_random_values_of_python_differ_from_run_to_run(code: str) -> None:
+    assert len(set(outputs(code))) == RUNS
+
+
+def test_hashes_differ_from_one_run_to_the_next() -> None:
+    hashes = outputs("print(hash('a'))", runs=2 * SEEDS)
+
+    assert all(first != second for first, second in itertools.pairwise(hashes))
+    assert len(set(hashes)) >= SEEDS
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "console.log(Math.random())",
+        "for (let i = 0; i < 1000; i++) Math.random(); console.log(Math.random())",
+        "console.log(require('crypto').randomUUID())",
+        "console.log(require('crypto').randomBytes(8).toString('hex'))",
+        "console.log(crypto.getRandomValues(new Uint8Array(8)).join())",
+        "console.log(require('fs').mkdtempSync('/tmp/x'))",
+        "new (require('worker_threads').Worker)('console.log(Math.random())', { eval: true })",
+    ],
+)
+def test_random_values_of_javascript_differ_from_run_to_run(code: str) -> None:
+    assert len(set(outputs(code, "javascript"))) == RUNS
+
+
+def test_nothing_of_one_run_is_seen_by_a_later_one() -> None:
+    leave = """
+import builtins, gc, json, os, signal, sys, threading
+builtins.left = json.left = sys.left = os.environ["LEFT"] = "left"
+for place in ("/tmp/left", "/work/left", "/dev/shm/left"):
+    open(place, "w").close()
+os.umask(0o77)
+os.nice(5)
+os.sched_setaffinity(0, {0})
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+gc.disable()
+sys.setrecursionlimit(77)
+threading.stack_size(1 << 20)
+import socket
+name = socket.socket(socket.AF_UNIX); name.bind("\\0left"); name.listen()
+if os.fork() == 0:
+    os.setsid(); __import__("time").sleep(1e6)
+"""
+    look = """
+import builtins, gc, json, os, signal, sys, threading
+print([hasattr(owner, "left") for owner in (builtins, json, sys)], "LEFT" in os.environ,
+      [os.path.exists(place) for place in ("/tmp/left", "/work/left", "/dev/shm/left")],
+      oct(os.umask(0)), os.nice(0), len(os.sched_getaffinity(0)) == os.cpu_count(),
+      signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, gc.isenabled(), sys.getrecursionlimit(),
+      threading.stack_size(), "left" in open("/proc/net/unix").read(), os.listdir("/work"),
+      len([name for name in os.listdir("/proc") if name.isdigit()]))
+"""
+
+    async def main() -> tuple[set[str], set[str]]:
+        async with opened("forkserver") as engine:
+            before = {(await run(engine, look)).stdout for _ in range(SEEDS)}
+            left = await asyncio.gather(*(run(engine, leave) for _ in range(SEEDS)))
+            assert {outcome.status for outcome in left} == {Status.OK}, left
+            return before, {(await run(engine, look)).stdout for _ in range(SEEDS)}
+
+    before, after = asyncio.run(main())
+    assert before == after
+    assert len(after) == 1
+
+
+ATTACKS = {
+    "kills all that it sees": "import os\nfor n in range(1, 65): os.kill(-1, n) if n not in (9, 19, 32, 33) else None",
+    "kills all for good": "import os; os.kill(-1, 9)",
+    "kills the first process": "import os\nfor n in range(1, 65):\n    try: os.kill(1, n)\n    except OSError: pass",
+    "traces": "import ctypes; c = ctypes.CDLL(None)\nfor pid in range(9): c.ptrace(16, pid, 0, 0)",
+    "writes to every descriptor": (
+        "import os\nfor fd in range(1024):\n"
+        "    for word in (b'ended 1 0', b'ready', b'init', b''):\n"
+        "        try: os.write(fd, word)\n        except OSError: pass"
+    ),
+    "closes every descriptor": "import os; os.closerange(0, 1024)",
+    "reads the first process": "open('/proc/1/mem', 'rb')",
+    "bombs with forks": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "takes all memory": "x = []\nwhile True: x.append(bytearray(1 << 22))",
+    "fills the scratch folders": (
+        "for place in ('/tmp', '/work', '/dev/shm'):\n"
+        "    try:\n        with open(place + '/full', 'wb') as f:\n            while True: f.write(bytes(1 << 20))\n"
+        "    except OSError: pass"
+    ),
+    "stops itself": "import os; os.kill(os.getpid(), 19)",
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_on_the_fork_server_hurts_only_the_attacker(attack: str) -> None:
+    limits = Limits(wall_ms=int(1000 * SECOND), memory_bytes=96 << 20)
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            before = fork_servers()
+            victim = asyncio.ensure_future(run(engine, "import time; time.sleep(0.3); print('unhurt')"))
+            await asyncio.gather(*(run(engine, ATTACKS[attack], limits=limits) for _ in range(2)))
+            assert (await victim).stdout == "unhurt\n"
+            assert (await run(engine, "print('next')")).stdout == "next\n"
+            assert (await run(engine, "console.log('next')", "javascript")).stdout == "next\n"
+            assert fork_servers() == before
+
+    asyncio.run(main())
+
+
+def fork_servers() -> set[int]:
+    """The jails that fork, by process id."""
+    return {child.pid for child in psutil.Process().children() if child.name() == "nsjail"}
+
+
+def jailed() -> Iterable[psutil.Process]:
+    for jail in fork_servers():
+        yield from psutil.Process(jail).children()
+
+
+@pytest.mark.parametrize("language", ["python", "javascript"])
+def test_a_killed_fork_server_ends_its_runs_and_is_replaced(language: Language) -> None:
+    eternal = {
+        "python": "import os, time; os.write(1, b'1\\n'); time.sleep(1e6)",
+        "javascript": "console.log(1); setInterval(() => {}, 1e6)",
+    }
+    hello = {"python": "print('hello')", "javascript": "console.log('hello')"}
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            started = Counter[str]()
+            channel = Channel(emit=lambda stream, chunk: started.update([stream]))
+            job = Job(language, eternal[language], limits=Limits(wall_ms=int(60_000 * SECOND)))
+            running = [asyncio.ensure_future(engine.run(job, channel)) for _ in range(50)]
+            await until(lambda: started["stdout"] >= 50, 60)
+            for process in jailed():
+                process.kill()
+            ended = [await within(one, 60) for one in running]
+
+            assert {outcome.status for outcome in ended} == {Status.INTERNAL_ERROR}  # type: ignore[attr-defined]
+            assert {outcome.stdout for outcome in ended} == {"1\n"}  # type: ignore[attr-defined]
+            assert (await run(engine, hello[language], language)).stdout == "hello\n"
+
+    asyncio.run(main())
+
+
+def test_a_thousand_runs_leave_nothing_that_grows() -> None:
+    """Half of them python's, with every kind of end; more than a fork server lasts."""
+    programs: list[tuple[Language, str]] = [
+        ("python", "print(1)"),
+        ("python", "raise SystemExit(3)"),
+        ("python", "1 / 0"),
+        ("javascript", "console.log(1)"),
+        ("javascript", "throw new Error('x')"),
+        ("javascript", "process.kill(process.pid, 'SIGKILL')"),
+    ]
+
+    async def some(engine: ForkServerEngine, count: int) -> None:
+        for _ in range(count):
+            language, code = random.choice(programs)
+            assert (await run(engine, code, language)).status is not Status.INTERNAL_ERROR
+
+    def held() -> tuple[int, int, int, int]:
+        processes = psutil.Process().children(recursive=True)
+        zombies = sum(process.status() == psutil.STATUS_ZOMBIE for process in processes)
+        return descriptors(), len(leaves()), len(processes), zombies
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert isinstance(engine, ForkServerEngine)
+            await asyncio.gather(*(some(engine, 25) for _ in range(4)))
+            before, mounts = held(), len(Path("/proc/self/mountinfo").read_text().splitlines())
+            await asyncio.gather(*(some(engine, 250) for _ in range(4)))
+            await until(lambda: all(now <= then for now, then in zip(held(), before, strict=True)), 30)
+            assert len(Path("/proc/self/mountinfo").read_text().splitlines()) == mounts
+
+    asyncio.run(main())
+
+
+def test_limits_that_are_not_the_usual_ones_hold_too() -> None:
+    code = "import os, resource; print(os.statvfs('/tmp').f_blocks * 4096, resource.getrlimit(resource.RLIMIT_NOFILE))"
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            outcome = await run(engine, code, limits=Limits(tmp_bytes=8 << 20, open_files=32))
+            assert outcome.stdout == f"{8 << 20} (32, 32)\n"
+
+    asyncio.run(main())
+
+
+def test_modules_are_imported_ahead_and_a_file_of_the_same_name_comes_first() -> None:
+    async def main() -> None:
+        engine = ForkServerEngine(preload=("decimal",))
+        await engine.open()
+        try:
+            assert (await run(engine, "import sys; print('decimal' in sys.modules)")).stdout == "True\n"
+            own = {"decimal.py": "mine = 'mine'"}
+            assert (await run(engine, "import decimal; print(decimal.mine)", files=own)).stdout == "mine\n"
+        finally:
+            await engine.close()
+
+    asyncio.run(main())
+
+
+def test_a_module_that_cannot_be_imported_ahead_is_named() -> None:
+    with pytest.raises(EngineUnavailable, match="No module named 'no_such_module'"):
+        asyncio.run(ForkServerEngine(preload=("no_such_module",)).open())
+
+
+def test_without_koffi_node_is_started_ahead(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("sandbox.forkserver.find_koffi", lambda *where: None)
+    code = "console.log(process.argv.slice(2), require('fs').readdirSync('.'))"
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            outcome = await run(engine, code, "javascript", args=("a",), files={"b/c.txt": "d"})
+            assert (outcome.status, outcome.stdout) == (Status.OK, "[ 'a' ] [ 'b', 'main.js' ]\n")
+
+    asyncio.run(main())
+    assert "koffi is not installed" in caplog.text
+
+
+ENDS = {
+    "a finalizer": "class A:\n    def __del__(self): print('gone', A, os.getpid() > 1)\nimport os\na = A()",
+    "a finalizer in a cycle": "class A:\n    def __del__(self): print('gone')\na = A(); a.a = a",
+    "an exit handler": "import atexit\natexit.register(print, 'first')\natexit.register(print, 'last')",
+    "a thread that goes on": (
+        "import threading, time\nthreading.Thread(target=lambda: (time.sleep(.1), print('late'))).start()"
+    ),
+    "text in C's own buffer": "import ctypes; ctypes.CDLL(None).printf(b'from C\\n')",
+    "a closed standard output": "import sys; sys.stdout.close()",
+    "a full standard output": "import sys; sys.stdout = open('/dev/full', 'w'); print('x')",
+    "an exit with a text": "raise SystemExit('words')",
+    "an exit in an exit handler": "import atexit, sys; atexit.register(sys.exit, 5)",
+    "an exit in a thread": "import threading; threading.Thread(target=exit).start()",
+    "an interrupt": "raise KeyboardInterrupt",
+    "an error in a finalizer": "class A:\n    def __del__(self): 1 / 0\na = A()",
+    "an excepthook": "import sys; sys.excepthook = lambda *a: print('hook', a[0])\n1 / 0",
+    "an earlier interactive error": "import sys; sys.last_type = ValueError; print('fine')",
+    "its own frame": "import sys, traceback; traceback.print_stack(); print(sys._getframe().f_back, __file__)",
+    "its own name": "print(__name__, __spec__, __loader__.__class__.__name__, __builtins__.__name__, __doc__)",
+    "its place": "import sys, os; print(sys.argv, sys.orig_argv[1:], sys.path[0], os.getcwd(), sys.flags)",
+    "its environment": "import os; print(sorted(os.environ.items()))",
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_python_begins_and_ends_as_when_it_is_started_afresh(name: str) -> None:
+    outcomes = [asyncio.run(_once(engine, "python", ENDS[name])) for engine in ("forkserver", "nsjail")]
+
+    assert seen(outcomes[0]) == seen(outcomes[1])
+
+
+JAVASCRIPT = {
+    "handlers of signals": (
+        "process.on('SIGUSR2', () => { console.log('got'); clearInterval(i) });"
+        "const i = setInterval(() => {}, 1000); process.kill(process.pid, 'SIGUSR2')"
+    ),
+    "a signal without a handler": "process.kill(process.pid, 'SIGTERM'); setTimeout(() => {}, 1000)",
+    "an exit code": "process.on('exit', (c) => console.log('bye', c)); process.exitCode = 3",
+    "an exit in an exit handler": "process.on('exit', () => process.exit(7))",
+    "an error in an exit handler": "process.on('exit', () => { throw new Error('x') })",
+    "an exit": "process.on('exit', (c) => console.log('bye', c)); process.exit(4); console.log('never')",
+    "an uncaught error": "process.on('exit', (c) => console.log('bye', c)); throw new TypeError('x')",
+    "a caught uncaught error": "process.on('uncaughtException', (e) => console.log(e.message)); throw Error('x')",
+    "an unhandled rejection": "Promise.reject(new Error('x'))",
+    "a syntax error": "let x = ;",
+    "an await that nothing settles": "await new Promise(() => {})",
+    "no listeners left": "process.removeAllListeners(); console.log(1)",
+    "an emit of its own": "const e = process.emit; process.emit = (...a) => e.apply(process, a); console.log(1)",
+    "an abort": "process.on('exit', () => console.log('never')); process.kill(process.pid, 'SIGABRT')",
+    "a module of its own": "console.log(require.main === module, module.children, module.paths, __filename, __dirname)",
+    "require beside an await": "const fs = await import('fs'); console.log(typeof fs.readFileSync)",
+    "what it is": "console.log(process.argv, process.execArgv, process.title, process.pid, process.ppid)",
+    "its environment": "console.log(Object.entries(process.env).sort())",
+    "its cache": "console.log(Object.keys(require.cache))",
+    "a stack": "console.log(new Error('x').stack)",
+    "workers": (
+        "const { Worker } = require('worker_threads');"
+        "new Worker('console.log(require(\"os\").EOL.length, process.argv.length)', { eval: true })"
+    ),
+    "a forked child": (
+        "if (process.argv[2]) console.log('child', process.execArgv);"
+        "else require('child_process').fork(__filename, ['x'])"
+    ),
+    "fetch without a network": "fetch('http://127.0.0.1:1').catch((e) => console.log(e.cause.code))",
+    "webassembly": (
+        "WebAssembly.instantiate(Uint8Array.from([0, 97, 115, 109, 1, 0, 0, 0])).then((w) => console.log(w.module))"
+    ),
+    "async files": "require('fs').readFile('main.js', 'utf8', (e, t) => console.log(e, t.length))",
+    "waiting": "Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 50); console.log('waited')",
+    "timers": (
+        "setTimeout(() => console.log(3)); setImmediate(() => console.log(4));"
+        "console.log(1); process.nextTick(console.log, 2)"
+    ),
+    "much garbage": "let x; for (let i = 0; i < 3e6; i++) x = [x && i, { i }]; console.log(x.length)",
+    "standard input": "process.stdin.on('data', (d) => console.log(String(d))).on('end', () => console.log('end'))",
+}
+
+
+@pytest.mark.parametrize("name", JAVASCRIPT)
+def test_javascript_begins_and_ends_as_when_it_is_started_afresh(name: str) -> None:
+    outcomes = [asyncio.run(_once(engine, "javascript", JAVASCRIPT[name])) for engine in ("forkserver", "nsjail")]
+
+    assert seen(outcomes[0]) == seen(outcomes[1])
+
+
+def seen(outcome: Outcome) -> tuple[object, ...]:
+    """What a client sees of it, but for addresses, one frame of ours below 'exit' handlers, and excerpts of source,
+    which a python that was started afresh can no longer show when it ends."""
+    errors = [line for line in outcome.stderr.splitlines() if "/forkserver/" not in line and line[:4] != "    "]
+    errors = [re.sub("0x[0-9a-f]+", "0x", line) for line in errors]
+    return outcome.status, outcome.stdout, errors, outcome.facts.exit_code, outcome.facts.signal
+
+
+async def _once(name: str, language: Language, code: str) -> Outcome:
+    async with opened(name) as engine:
+        limits = Limits(wall_ms=int(10_000 * SECOND))
+        outcome = await within(engine.run(Job(language, code, stdin="in", limits=limits), Channel()), 60)
+        assert isinstance(outcome, Outcome)
+        return outcome
+
+
+def test_a_slot_of_a_dead_fork_server_is_not_used() -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            for process in jailed():
+                process.kill()
+            await until(lambda: not list(jailed()))
+            assert (await run(engine, "print('hello')")).stdout == "hello\n"
+
+    asyncio.run(main())
+
+
+def test_runs_at_once_have_different_users_outside() -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            sleep = "import os, time; os.write(1, b'x'); time.sleep(1e6)"
+            started = Counter[str]()
+            channel = Channel(emit=lambda stream, chunk: started.update([stream]))
+            running = [asyncio.ensure_future(engine.run(Job("python", sleep), channel)) for _ in range(6)]
+            await until(lambda: started["stdout"] >= 6, 30)
+            users = [
+                process.uids().real for jail in jailed() for first in jail.children() for process in first.children()
+            ]
+            assert len(set(users)) == len(users) >= 6
+            assert min(users) > 0
+            channel.cancel.set()
+            await asyncio.gather(*running)
+
+    if os.geteuid() == 0:
+        asyncio.run(main())
