@@ -90,6 +90,7 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
         except StoreUnavailable as failure:
             raise CannotServe(str(failure)) from failure
         parts.push_async_callback(store.close)
+        parts.push_async_callback(leaderboard.close)
         tasks = Tasks(_task_actions(settings, schemas, runs, terms), store, settings.tasks_at_once)
         parts.push_async_callback(_say_farewell, transport)
         parts.push_async_callback(runs.close, settings.drain_s)

@@ -109,7 +109,7 @@ class AppSocket(ProtocolSocket):
         )
         if live:
             await live.finish(outcome)
-        return Message("output", output_of(outcome, queue_ms, job), id=message.id)
+        return Message("output", output_of(outcome, queue_ms, job, streamed=live is not None), id=message.id)
 
     async def cancel_run(self, message: Message) -> Message | None:
         """Ends a run of this connection."""

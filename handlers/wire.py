@@ -40,16 +40,16 @@ class Wire:
             stream.write(frame[sent:])
         return True
 
-    async def send(self, frame: bytes) -> None:
-        """Returns when the kernel has all of the frame.
+    def send(self, frame: bytes) -> asyncio.Future[None]:
+        """Has the frame sent; done when the kernel has all of it. From here on nothing can overtake it.
 
         Raises:
-            StreamClosedError: the connection is over.
+            StreamClosedError: the connection is over; the Future may have it too.
         """
         stream = self._stream()
         if stream is None:
             raise StreamClosedError
-        await asyncio.shield(stream.write(frame))  # a Future of Tornado's must not be cancelled
+        return asyncio.shield(stream.write(frame))  # a Future of Tornado's must not be cancelled
 
     def _stream(self) -> IOStream | None:
         connection = self._handler.ws_connection

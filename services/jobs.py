@@ -107,13 +107,14 @@ def _limits(asked: Mapping[str, int | float], terms: Terms, at: str) -> Limits:
     return limits
 
 
-def output_of(outcome: Outcome, queue_ms: float, job: Job) -> dict[str, Any]:
-    """The data of the `output` message."""
+def output_of(outcome: Outcome, queue_ms: float, job: Job, *, streamed: bool = False) -> dict[str, Any]:
+    """The data of the `output` message. `streamed`: the client was shown standard error already."""
+    shows_stderr = outcome.error is None and not streamed
     facts = outcome.facts
     truncated = [*facts.output_cut, *(["files"] if facts.files_cut else [])]
     return {
         # A client of the seed alone has no other field in which it would see what a good program wrote to stderr.
-        "output": outcome.stdout + outcome.stderr if outcome.error is None else outcome.stdout,
+        "output": outcome.stdout + outcome.stderr if shows_stderr else outcome.stdout,
         "error": outcome.error,
         "executionTime": round(facts.usage.wall_ms, 3),
         "memoryUsed": facts.usage.memory_bytes,

@@ -43,7 +43,7 @@ class Leaderboard:
         self._hub = hub
         self._max_players = max_players
         self._changed: set[str] = set()
-        self._publishing: set[str] = set()
+        self._publishing: dict[str, asyncio.Task[None]] = {}
 
     async def start_game(self, room: str, data: Mapping[str, Any], id: str | int | None) -> None:
         """Begins a game; `data` may have `players`.
@@ -86,8 +86,14 @@ class Leaderboard:
             if self._hub.has_members(each):
                 self._changed.add(each)
                 if each not in self._publishing:
-                    self._publishing.add(each)
-                    spawn(self._publish(each), name=f"publish {each}")
+                    self._publishing[each] = spawn(self._publish(each), name=f"publish {each}")
+
+    async def close(self) -> None:
+        """Publishes nothing more; to be called before the store is closed."""
+        publishing = list(self._publishing.values())
+        for asyncio_task in publishing:
+            asyncio_task.cancel()
+        await asyncio.gather(*publishing, return_exceptions=True)
 
     async def _publish(self, room: str) -> None:
         try:
@@ -97,9 +103,9 @@ class Leaderboard:
                 self._hub.publish(room, Message("leaderboardUpdate", _shown(rows)), key="leaderboardUpdate")
                 await asyncio.sleep(PAUSE_SECONDS)
         except StoreUnavailable as failure:  # it says that everything has changed as soon as it is back
-            log.warning("the board of %s waits for the store: %s", room, failure)
+            log.warning("the board of %s waits for the store: %s", room, str(failure))
         finally:
-            self._publishing.discard(room)
+            del self._publishing[room]
 
 
 def _check_roster(roster: list[Player], max_players: int) -> None:
@@ -135,7 +141,7 @@ def _shown(rows: list[Row]) -> list[dict[str, Any]]:
 
 
 def _unavailable(failure: StoreUnavailable) -> Overloaded:
-    log.warning("the store: %s", failure)
+    log.warning("the store: %s", str(failure))  # not itself: a kept record would keep its connection
     return Overloaded(
         "the scores cannot be written at the moment; send the request again, with the same id so that it counts once",
         retryAfterMs=RETRY_AFTER_MS,

@@ -17,6 +17,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from background import spawn
+from services.redis_calls import CallsInOrder
 from services.redis_scripts import ADD, BOARD, SAVE_TASKS, START
 from services.store import (
     KEPT_SECONDS,
@@ -66,6 +67,7 @@ class RedisStore:
         except ValueError as failure:
             raise StoreUnavailable(f"the address of Redis is not valid: {failure} (--store)") from failure
         self._redis = Redis(connection_pool=pool)
+        self._calls = CallsInOrder(self._redis)
         self._start, self._add = self._redis.register_script(START), self._redis.register_script(ADD)
         self._board, self._save = self._redis.register_script(BOARD), self._redis.register_script(SAVE_TASKS)
         try:
@@ -95,6 +97,7 @@ class RedisStore:
         self._listener.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await self._listener
+        await self._calls.close()
         await self._redis.aclose()
         await self._redis.connection_pool.disconnect()
 
@@ -160,7 +163,7 @@ class RedisStore:
         keys = [f"{PREFIX}:{{{room}}}:{part}" for part in ("game", "players", "board")]
         keys.append(f"{PREFIX}:{{{room}}}:request:{request.id if request else ''}")
         async with self._answering():
-            return await script(keys=keys, args=arguments)
+            return await self._calls.call(script, keys, arguments)
 
     async def _listen(self, listening: asyncio.Event) -> None:
         """Passes on what has changed, anywhere; after each new connection, anything may have."""

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
-from background import spawn
 from services.board import Board, Standing
 from services.store import (
     KEPT_SECONDS,
@@ -95,7 +95,7 @@ class SqliteStore:
         self._max_players = max_players
         self._orders: queue.SimpleQueue[_Order | None] = queue.SimpleQueue()
         self._games: dict[str, _Game] = {}
-        self._loading: dict[str, asyncio.Task[_Game]] = {}
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of rooms that are being read
         self._lock: int | None = None
         self.instance = uuid.uuid4().hex
 
@@ -184,23 +184,25 @@ class SqliteStore:
     # Rooms in memory
 
     async def _game(self, room: str) -> _Game:
-        while (game := self._games.get(room)) is None or game.broken:
-            loading = self._loading.get(room) or spawn(self._load(room), name=f"load {room}")
-            self._loading[room] = loading
-            await asyncio.shield(loading)
-        self._games[room] = self._games.pop(room)  # the last used is the last to be forgotten
+        """The room, read when it is needed first. Who asks first gets it first: changes are made in that order."""
+        if room in self._turns or not self._has(room):
+            turn = self._turns.setdefault(room, asyncio.Lock())
+            async with turn:
+                if not self._has(room):
+                    await self._load(room)
+        game = self._games[room] = self._games.pop(room)  # the last used is the last to be forgotten
         return game
 
-    async def _load(self, room: str) -> _Game:
-        try:
-            self._games.pop(room, None)
-            game: _Game = await self._order(lambda db: _read_game(db, room))
-            while len(self._games) >= MOST_BOARDS:  # its writes that still wait come before it is read again
-                del self._games[next(iter(self._games))]
-            self._games[room] = game
-            return game
-        finally:
-            del self._loading[room]
+    def _has(self, room: str) -> bool:
+        game = self._games.get(room)
+        return game is not None and not game.broken
+
+    async def _load(self, room: str) -> None:
+        self._games.pop(room, None)
+        game: _Game = await self._order(lambda db: _read_game(db, room))
+        while len(self._games) >= MOST_BOARDS:  # its writes that still wait come before it is read again
+            del self._games[next(iter(self._games))]
+        self._games[room] = game
 
     async def _is_repeat(self, game: _Game, request: Request | None) -> bool:
         """Whether the request is known; then it is durable, too, when this returns."""

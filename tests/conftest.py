@@ -56,13 +56,15 @@ async def opened(name: str) -> AsyncIterator[Engine]:
         await engine.close()
 
 
+CGROUPS = Path("/sys/fs/cgroup")
 GEN_TEST = pytest.mark.gen_test(timeout=120 * SECOND)
 """For tests on a Tornado loop: `pytestmark = GEN_TEST`."""
 
 
 def leaves() -> set[Path]:
-    """All control groups of any run of any Runboard."""
-    return {path for path in Path("/sys/fs/cgroup").rglob(f"{PREFIX}{os.getpid()}*") if path.is_dir()}
+    """The control groups of this process' runs, and those that they are in."""
+    places = (place.glob(f"{PREFIX}{os.getpid()}*") for place in [CGROUPS, *CGROUPS.glob("*/")])
+    return {path for groups in places for group in groups for path in (group, *group.glob("*/"))}
 
 
 def descriptors() -> int:
@@ -70,18 +72,24 @@ def descriptors() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def opened_files() -> dict[str, str]:
+    """Descriptor → what it is."""
+    return {path.name: os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)}
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After each test there is no process, descriptor or control group that was not there before."""
     gc.collect()
-    before, groups = descriptors(), leaves()
+    before, files, groups = descriptors(), opened_files(), leaves()
     children = {child.pid for child in psutil.Process().children(recursive=True)}
     yield
     gc.collect()
     left = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
     assert not left, f"processes left: {left}"
     assert leaves() <= groups
-    assert descriptors() <= before, os.listdir("/proc/self/fd")
+    left_open = {fd: what for fd, what in opened_files().items() if fd not in files}
+    assert descriptors() <= before, left_open
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ OUTSIDE = {
     "protocol/schema.py": {"jsonschema", "referencing"},
     "sandbox/sampled.py": {"psutil"},
     "sandbox/seccomp.py": {"pyseccomp"},
+    "services/redis_calls.py": {"redis"},
     "services/store_redis.py": {"redis"},
     "services/board.py": {"sortedcontainers"},
     "handlers": {"tornado"},

@@ -52,17 +52,19 @@ async def test_chunks_come_while_the_program_runs_and_together_are_its_output(en
         "import sys, time\n"
         "for n in range(5):\n"
         "    print('out', n)\n    print('err', n, file=sys.stderr)\n    time.sleep(0.05)\n"
-        "sys.exit(3)"
+        "sys.exit(int(sys.argv[1]))"
     )
     async with serving(engine=engine) as server, connected(server) as client:
-        await client.send("runCode", live(code), id="r")
-        before, data = await all_of(client, "r")
-        chunks = [message["data"] for message in before if message["action"] == "outputChunk"]
+        for exit_code in (0, 3):
+            await client.send("runCode", {**live(code), "args": [str(exit_code)]}, id="r")
+            before, data = await all_of(client, "r")
+            chunks = [message["data"] for message in before if message["action"] == "outputChunk"]
 
-        assert before[0] == {"action": "runStatus", "data": {"status": "running"}, "id": "r"}
-        assert len(chunks) >= 4
-        for stream, whole in (("stdout", data["output"]), ("stderr", data["stderr"])):
-            assert "".join(chunk["text"] for chunk in chunks if chunk["stream"] == stream) == whole
+            assert before[0] == {"action": "runStatus", "data": {"status": "running"}, "id": "r"}
+            assert data["exitCode"] == exit_code
+            assert len(chunks) >= 4
+            for stream, whole in (("stdout", data["output"]), ("stderr", data["stderr"])):
+                assert "".join(chunk["text"] for chunk in chunks if chunk["stream"] == stream) == whole
 
 
 async def test_a_character_is_never_halved() -> None:

@@ -51,6 +51,23 @@ def test_scores_add_up_and_are_ranked_with_shared_ranks(name: str) -> None:
     on(name, test)
 
 
+def test_changes_that_are_asked_for_at_once_are_made_in_that_order(name: str) -> None:
+    async def test(store: Store, changes: Changes) -> None:
+        for room in map(str, range(20)):
+            begin = asyncio.ensure_future(store.start_game(room, None, None))
+            later: list[asyncio.Future[None]] = []
+            while not begin.done():  # also while the room is being read, and just after
+                later.append(asyncio.ensure_future(store.add(room, len(later), 1, None)))
+                await asyncio.sleep(0)
+            await asyncio.gather(begin, *later[:MAX_PLAYERS])
+            rows = await store.board(room, 10)
+            await asyncio.gather(*later, return_exceptions=True)
+
+            assert [row.id for row in rows] == list(range(min(10, len(later))))
+
+    on(name, test)
+
+
 def test_only_those_on_a_roster_play_and_a_new_game_opens_it(name: str) -> None:
     async def test(store: Store, changes: Changes) -> None:
         await store.start_game("r", [Player(7, "Ada | Lovelace\n"), Player(8, "Bö 🎲")], None)

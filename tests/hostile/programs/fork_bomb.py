@@ -1,4 +1,4 @@
-# expect: processLimit|timeout|cpuLimit|error
+# expect: processLimit|timeout|cpuLimit|memoryLimit|error
 import os
 while True:
     os.fork()
