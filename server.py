@@ -96,11 +96,12 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
         parts.push_async_callback(runs.close, settings.drain_s)
         services = AppServices(runs, terms, tasks, leaderboard, hub)
 
-        is_open = settings.dev or is_loopback(settings.address)
+        is_local = is_loopback(settings.address) and not settings.dev
+        for_developers = {"is_open": is_local or settings.dev, "is_local": is_local}
         application = Application(
             [
                 (r"/appws", AppSocket, {"transport": transport, "services": services}),
-                (r"/devws", DevSocket, {"transport": transport, "services": services, "is_open": is_open}),
+                (r"/devws", DevSocket, {"transport": transport, "services": services, **for_developers}),
                 (r"/healthz", HealthHandler, {"health": health}),
                 (r"/schemas/(.*)", SchemaHandler, {"documents": schemas.documents()}),
                 (r"/", StartHandler),

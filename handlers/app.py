@@ -16,6 +16,7 @@ from services.hub import Hub
 from services.jobs import Terms, job_of, output_of
 from services.leaderboard import Leaderboard
 from services.live import LiveOutput
+from services.repeats import Repeats
 from services.runs import Runs
 from services.store import StoreUnavailable
 from services.tasks import Tasks, Update
@@ -53,10 +54,16 @@ class AppSocket(ProtocolSocket):
         self._terms = services.terms
         self._leaderboard = services.leaderboard
         self._hub = services.hub
-        room, session = self.get_query_argument("room", DEFAULT_ROOM), self.get_query_argument("session", None)
+        self._repeats = Repeats()
+        room, session = self._named("room") or DEFAULT_ROOM, self._named("session")
         self._bad_name = next((name for name in (room, session) if name is not None and not NAME.fullmatch(name)), None)
         self._room = f"{self.games}/{room}"
         self._tasks = services.tasks.of(self, session and f"{self.games}/{session}", self)
+
+    def _named(self, what: str) -> str | None:
+        """A name in the address; what is no UTF-8 stays recognisable as bad."""
+        values = self.request.query_arguments.get(what)
+        return values[-1].decode("utf-8", "replace") if values else None
 
     @property
     def actions(self) -> Mapping[str, Method]:
@@ -113,13 +120,17 @@ class AppSocket(ProtocolSocket):
 
     async def cancel_run(self, message: Message) -> Message | None:
         """Ends a run of this connection."""
-        self._runs.cancel(self, message.data["run"])
+        if not self._repeats.was_applied(message):
+            self._runs.cancel(self, message.data["run"])
+            self._repeats.applied(message)
         return ack(message)
 
     async def send_input(self, message: Message) -> Message | None:
         """Feeds a run of this connection."""
         data = message.data
-        self._runs.feed(self, data["run"], data.get("text", ""), end=data.get("end", False))
+        if not self._repeats.was_applied(message):
+            self._runs.feed(self, data["run"], data.get("text", ""), end=data.get("end", False))
+            self._repeats.applied(message)
         return ack(message)
 
     # Tasks

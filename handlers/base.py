@@ -9,7 +9,8 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from tornado.iostream import StreamClosedError
 from tornado.websocket import WebSocketClosedError, WebSocketHandler
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 Method = Callable[[Message], Awaitable[Message | None]]
 
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+LARGE_FRAME = 64 << 10
+"""Characters; from here on, a frame is parsed and checked in a thread."""
 BAD_MESSAGES = 20
 BAD_MESSAGES_SECONDS = 10.0
 LAST_WORDS_SECONDS = 1.0
@@ -87,6 +92,7 @@ class ProtocolSocket(WebSocketHandler):
         self._heard = time.monotonic()
         self._chores: list[asyncio.Task[None]] = []
         self._last_words: asyncio.TimerHandle | None = None
+        self._gone = False
 
     @property
     def actions(self) -> Mapping[str, Method]:
@@ -97,6 +103,19 @@ class ProtocolSocket(WebSocketHandler):
         """The client is gone: ends what was under way for it."""
 
     # Tornado's events
+
+    def prepare(self) -> None:
+        """Refuses an origin that is no address, at which Tornado would stumble."""
+        try:
+            urlsplit(self.request.headers.get("Origin", ""))
+        except ValueError:
+            self.refuse_page("the Origin is no address")
+
+    def refuse_page(self, reason: str) -> None:
+        """Answers 403 instead of opening a socket."""
+        if not self._finished:
+            self.set_status(403)
+            self.finish(f"{reason}\n")
 
     def check_origin(self, origin: str) -> bool:
         """Asked for pages of another origin than the server's own."""
@@ -120,12 +139,20 @@ class ProtocolSocket(WebSocketHandler):
         try:
             if isinstance(frame, bytes):
                 raise ParseError("a binary frame is no message; send JSON as a text frame")
-            message = decode(frame)
-            self.transport.schemas.check(message, dev=self.dev)
-            await self._begin(message)
+            message = await self._in_time(len(frame), decode, frame)
+            await self._in_time(len(frame), self._check, message)
+            if not self._gone:
+                await self._begin(message)
         except Refusal as refusal:
             self.refuse(refusal, message)
         await asyncio.sleep(0)  # frames that are here already must not keep the other connections waiting
+
+    async def _in_time(self, size: int, work: Callable[[Argument], Result], argument: Argument) -> Result:
+        """Done at once, or in a thread where it would keep the other connections waiting."""
+        return await asyncio.to_thread(work, argument) if size > LARGE_FRAME else work(argument)
+
+    def _check(self, message: Message) -> None:
+        self.transport.schemas.check(message, dev=self.dev)
 
     def on_pong(self, data: bytes) -> None:
         """The client lives."""
@@ -133,6 +160,7 @@ class ProtocolSocket(WebSocketHandler):
 
     def on_close(self) -> None:
         """The connection is over, whoever ended it."""
+        self._gone = True
         self.transport.discard(self)
         for chore in self._chores:
             chore.cancel()

@@ -11,9 +11,9 @@ from urllib.parse import urlsplit
 from handlers.app import AppServices, AppSocket
 from handlers.base import Method, Transport
 from protocol.errors import InvalidMessage, Refusal
-from protocol.message import Message, decode
+from protocol.message import CLIPPED, Message, decode
 
-LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
+LOCAL_NAMES = ("localhost", "127.0.0.1", "::1", "[::1]")
 
 
 class DevSocket(AppSocket):
@@ -23,16 +23,24 @@ class DevSocket(AppSocket):
 
     games = "dev"
 
-    def initialize(self, transport: Transport, services: AppServices, is_open: bool = False) -> None:
-        """Tornado's constructor."""
+    def initialize(
+        self, transport: Transport, services: AppServices, is_open: bool = False, is_local: bool = False
+    ) -> None:
+        """Tornado's constructor. `is_local`: open only to this machine."""
         super().initialize(transport, services)
         self._is_open = is_open
+        self._is_local = is_local
 
     def prepare(self) -> None:
-        """Refuses everyone on a server for others."""
+        """Refuses everyone on a server for others, and a page whose host's name only pretends to be this machine's."""
+        super().prepare()
         if not self._is_open:
-            self.set_status(403)
-            self.finish("/devws is closed, because this server listens beyond this machine; --dev opens it\n")
+            self._close_to("this server listens beyond this machine")
+        elif self._is_local and self.request.host_name not in LOCAL_NAMES:
+            self._close_to(f"{self.request.host_name[:CLIPPED]} is not a name of this machine")
+
+    def _close_to(self, reason: str) -> None:
+        self.refuse_page(f"/devws is closed, because {reason}; --dev opens it")
 
     def check_origin(self, origin: str) -> bool:
         """Pages of this machine, on any port, are welcome."""

@@ -146,7 +146,7 @@ class CloseCode(IntEnum):
     SERVER_ERROR = 1011, "a fault of the server", "yes, later"
     RESTART = 1012, "the server restarts", "yes, after a random pause"
     OVERLOAD = 1013, "the client reads too slowly, or the server is overloaded", "yes, later"
-    BAD_MESSAGES = 4400, "20 bad messages within 10 s", "no, the client is broken"
+    BAD_MESSAGES = 4400, "20 bad messages within 10 s, or a bad address", "no, the client is broken"
     UNAUTHENTICATED = 4401, "a token is missing or expired", "yes, with a new token"
     FORBIDDEN = 4403, "not allowed", "no"
     SILENT = 4408, "nothing was heard of the client", "yes"

@@ -23,6 +23,10 @@ class CgroupUnavailable(Exception):
     """The text says in a sentence why runs cannot have control groups here."""
 
 
+class TooLittleMemory(Exception):
+    """A limit that would end a run before it begins."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where one version keeps its knobs: each value is (controller, file). Version 2's controller is always ""."""
@@ -31,6 +35,8 @@ class Layout:
     swap_max: tuple[str, str]
     swap_includes_memory: bool
     memory_peak: tuple[str, str]
+    memory_now: tuple[str, str]
+    peak_can_be_reset: bool
     oom_events: tuple[str, str]
     pids_max: tuple[str, str]
     pids_events: tuple[str, str]
@@ -45,6 +51,8 @@ V1 = Layout(
     swap_max=("memory", "memory.memsw.limit_in_bytes"),
     swap_includes_memory=True,
     memory_peak=("memory", "memory.max_usage_in_bytes"),
+    memory_now=("memory", "memory.usage_in_bytes"),
+    peak_can_be_reset=True,
     oom_events=("memory", "memory.oom_control"),
     pids_max=("pids", "pids.max"),
     pids_events=("pids", "pids.events"),
@@ -58,6 +66,8 @@ V2 = Layout(
     swap_max=("", "memory.swap.max"),
     swap_includes_memory=False,
     memory_peak=("", "memory.peak"),
+    memory_now=("", "memory.current"),
+    peak_can_be_reset=False,  # only since Linux 6.12, and then for one descriptor
     oom_events=("", "memory.events"),
     pids_max=("", "pids.max"),
     pids_events=("", "pids.events"),
@@ -68,6 +78,12 @@ V2 = Layout(
 )
 
 
+READ_BYTES = 4096
+"""More than any file has but the list of processes."""
+REUSABLE_BYTES = 1 << 20
+"""What a group may still hold after its run, and be used for another: pages that the kernel frees a moment later."""
+
+
 class Cgroups:
     """The group of this server, below which each run gets a leaf of its own."""
 
@@ -76,30 +92,41 @@ class Cgroups:
         self._layout = layout
         self.folders = folders
         self._numbers = itertools.count()
+        self._free: list[Leaf] = []
 
     def leaf(self) -> Leaf:
-        """A new group, yet without limits."""
-        name = f"run-{next(self._numbers)}"
-        leaf = Leaf(self._layout, {controller: folder / name for controller, folder in self.folders.items()})
-        leaf.make()
-        return leaf
+        """A group without processes: one that is like new, or else a new one, yet without limits."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            name = f"run-{next(self._numbers)}"
+            folders = {controller: folder / name for controller, folder in self.folders.items()}
+            leaf = Leaf(self._layout, folders, self._free)
+            leaf.make()
+            return leaf
 
     def close(self) -> None:
-        """Removes the server's group; leaves must be gone."""
+        """Removes the server's group; leaves must be given back or removed."""
+        while self._free:
+            self._free.pop().remove_empty()
         for folder in self.folders.values():
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
 
 class Leaf:
-    """The control group of one run."""
+    """The control group of one run. Its files stay open: opening one costs more than reading it."""
 
-    def __init__(self, layout: Layout, folders: dict[str, Path]) -> None:
+    def __init__(self, layout: Layout, folders: dict[str, Path], free: list[Leaf] | None = None) -> None:
+        """`free` is where it waits for its next use."""
         self._layout = layout
         self._folders = folders
         self._places = set(folders.values())  # controllers that are mounted together share one
+        self._free = free
+        self._open: dict[tuple[Path, int], int] = {}
         self._oom_fd: int | None = None
         self._oom_told = 0
+        self._oom_kills_before = self._refused_forks_before = 0
 
     def make(self) -> None:
         """Creates the group."""
@@ -109,23 +136,32 @@ class Leaf:
             self._write(("", "memory.oom.group"), 1)
 
     def limit(self, limits: Limits, extra_processes: int = 0) -> None:
-        """Sets the limits; `extra_processes` of our own are allowed beside the program's."""
-        self._write(self._layout.memory_max, limits.memory_bytes)
+        """Sets the limits, for the first time; `extra_processes` of our own are allowed beside the program's.
+
+        Raises:
+            TooLittleMemory: more is in use already.
+        """
+        try:
+            self._write(self._layout.memory_max, limits.memory_bytes)
+        except OSError as failure:
+            if failure.errno != errno.EBUSY:
+                raise
+            raise TooLittleMemory(f"{limits.memory_bytes} bytes are less than it takes to start a program") from failure
         with contextlib.suppress(OSError):  # a kernel without swap accounting has no such file; check() says so
             self._write(self._layout.swap_max, limits.memory_bytes if self._layout.swap_includes_memory else 0)
         self._write(self._layout.pids_max, limits.processes + extra_processes)
 
     def add(self, pid: int) -> None:
         """Puts a process, and so whatever it will fork, into the group."""
-        for folder in self._places:
-            _write(folder / "cgroup.procs", pid)
+        for fd in self.entrances():
+            os.pwrite(fd, str(pid).encode(), 0)
 
     def entrances(self) -> list[int]:
-        """Descriptors, the caller's to close: a process that writes "0" to each is in the group.
+        """Descriptors, which stay the group's: a process that writes "0" to each is in it.
 
         One that moves itself, without threads, moves at once; moving another makes all processors take note first.
         """
-        return [os.open(folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC) for folder in self._places]
+        return [self._fd(folder / "cgroup.procs", os.O_WRONLY) for folder in self._places]
 
     def watch_oom(self, on_oom: Callable[[], None]) -> None:
         """Calls `on_oom` from the event loop when the kernel had to kill for memory (version 1: version 2 has
@@ -134,11 +170,9 @@ class Leaf:
             return
         controller, name = self._layout.oom_events
         self._oom_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        control = os.open(self._folders[controller] / name, os.O_RDONLY)
-        try:
-            _write(self._folders[controller] / "cgroup.event_control", f"{self._oom_fd} {control}")
-        finally:
-            os.close(control)
+        control = self._fd(self._folders[controller] / name, os.O_RDONLY)
+        events = self._fd(self._folders[controller] / "cgroup.event_control", os.O_WRONLY)
+        os.write(events, f"{self._oom_fd} {control}".encode())
         asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_happened, on_oom)
 
     def _oom_happened(self, on_oom: Callable[[], None]) -> None:
@@ -153,7 +187,7 @@ class Leaf:
                 self._oom_told = 1
 
     def cpu_ms(self) -> float:
-        """CPU time of all processes that ever were in the group."""
+        """CPU time of all processes that ever were in the group, in earlier runs too."""
         text = self._read(self._layout.cpu_time)
         used = int(text) if self._layout.cpu_field is None else _field(text, self._layout.cpu_field)
         return used / self._layout.cpu_per_ms
@@ -165,16 +199,18 @@ class Leaf:
     def oom_kills(self) -> int:
         """How many processes the kernel killed for memory, or at least 1 if it was about to."""
         self._hear_of_oom()
-        return max(self._oom_told, _field(self._read(self._layout.oom_events), "oom_kill"))
+        return max(self._oom_told, self._all_oom_kills() - self._oom_kills_before)
 
     def refused_forks(self) -> int:
         """How often the kernel refused a new process or thread."""
-        return _field(self._read(self._layout.pids_events), "max")
+        return self._all_refused_forks() - self._refused_forks_before
 
     def pids(self) -> list[int]:
         """The processes that are in the group now."""
         controller, _ = self._layout.pids_max
-        return [int(pid) for pid in (self._folders[controller] / "cgroup.procs").read_text().split()]
+        # Opened anew: version 1 shows an open file the list as it was.
+        with open(self._folders[controller] / "cgroup.procs", "rb", buffering=0) as file:
+            return [int(pid) for pid in file.read().split()]
 
     def kill(self) -> None:
         """Sends SIGKILL to every process; first forbids new ones, so that none slips through."""
@@ -183,19 +219,25 @@ class Leaf:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    async def release(self) -> None:
+        """Gives it back to be used again, if it can be made like new, and else removes it."""
+        self._stop_watching_oom()
+        if self._free is not None and self._is_like_new():
+            self._free.append(self)
+        else:
+            await self.remove()
+
     async def remove(self) -> None:
         """Ends what is still in the group, waits until it is empty, and removes it."""
-        if self._oom_fd is not None:
-            asyncio.get_running_loop().remove_reader(self._oom_fd)
-            os.close(self._oom_fd)
-            self._oom_fd = None
+        self._stop_watching_oom()
         pause = 0.0005
-        while not self._try_remove():
+        while not self.remove_empty():
             self.kill()
             await asyncio.sleep(pause)
             pause = min(pause * 2, 0.1)
 
-    def _try_remove(self) -> bool:
+    def remove_empty(self) -> bool:
+        """Removes the group; False when something is still in it."""
         for folder in self._places:
             try:
                 folder.rmdir()
@@ -205,23 +247,54 @@ class Leaf:
                 if failure.errno != errno.EBUSY:
                     raise
                 return False
+        self.close()
         return True
+
+    def close(self) -> None:
+        """Closes its files."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def _is_like_new(self) -> bool:
+        """Whether nothing of the run is left in it. Counters that cannot be reset go on from where they are."""
+        layout = self._layout
+        if not layout.peak_can_be_reset or self.pids() or int(self._read(layout.memory_now)) > REUSABLE_BYTES:
+            return False
+        with contextlib.suppress(OSError):
+            self._write(layout.swap_max, -1)
+        self._write(layout.memory_max, -1)
+        self._write(layout.pids_max, "max")
+        self._write(layout.memory_peak, 0)
+        self._oom_told = 0
+        self._oom_kills_before, self._refused_forks_before = self._all_oom_kills(), self._all_refused_forks()
+        return True
+
+    def _all_oom_kills(self) -> int:
+        return _field(self._read(self._layout.oom_events), "oom_kill")
+
+    def _all_refused_forks(self) -> int:
+        return _field(self._read(self._layout.pids_events), "max")
+
+    def _stop_watching_oom(self) -> None:
+        if self._oom_fd is not None:
+            asyncio.get_running_loop().remove_reader(self._oom_fd)
+            os.close(self._oom_fd)
+            self._oom_fd = None
 
     def _read(self, knob: tuple[str, str]) -> str:
         controller, name = knob
-        return (self._folders[controller] / name).read_text()
+        fd = self._fd(self._folders[controller] / name, os.O_RDONLY)
+        return os.pread(fd, READ_BYTES, 0).decode()
 
-    def _write(self, knob: tuple[str, str], value: int) -> None:
+    def _write(self, knob: tuple[str, str], value: int | str) -> None:
         controller, name = knob
-        _write(self._folders[controller] / name, value)
+        os.pwrite(self._fd(self._folders[controller] / name, os.O_WRONLY), str(value).encode(), 0)
 
-
-def _write(path: Path, value: int | str) -> None:
-    fd = os.open(path, os.O_WRONLY)
-    try:
-        os.write(fd, str(value).encode())
-    finally:
-        os.close(fd)
+    def _fd(self, path: Path, mode: int) -> int:
+        try:
+            return self._open[path, mode]
+        except KeyError:
+            return self._open.setdefault((path, mode), os.open(path, mode | os.O_CLOEXEC))
 
 
 def _field(text: str, name: str) -> int:

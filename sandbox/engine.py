@@ -39,6 +39,11 @@ def never_started(job: Job) -> Outcome:
     return conclude(job, Facts(cancelled=True), b"", b"")
 
 
+def did_not_fit(job: Job) -> Outcome:
+    """The Outcome of a run whose memory limit is below what it takes to be started."""
+    return conclude(job, Facts(oom_kills=1), b"", b"")
+
+
 def failed_outcome(job: Job, sentence: str) -> Outcome:
     """The Outcome of a run that an engine could not bring to an end."""
     return conclude(job, Facts(engine_failure=sentence), b"", b"")

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sandbox.engine import EngineUnavailable
-from sandbox.jail import JailGroup, end_with_server
+from sandbox.jail import JailGroup, before_exec
 from sandbox.model import Limits
 
 START_SECONDS = 20.0
@@ -39,19 +39,21 @@ class ForkServer:
         self._give_back = give_back
         leaf.limit(OWN_LIMITS)
         self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._log = os.memfd_create("log", os.MFD_CLOEXEC)
+        self._log, their_log = os.pipe()  # as a program's streams: python notes whether they can be sought in
+        os.set_blocking(self._log, False)
         config_fd = os.memfd_create("config", os.MFD_CLOEXEC)
         try:
             with open(config_fd, "w", closefd=False) as file:
                 file.write(config)
             command = [str(nsjail), "--config", f"/proc/self/fd/{config_fd}"]
             self._process = subprocess.Popen(
-                command, stdin=far_end.fileno(), stdout=self._log, stderr=self._log, env={}, cwd="/",
-                pass_fds=(config_fd,), preexec_fn=None if warded else end_with_server,
+                command, stdin=far_end.fileno(), stdout=their_log, stderr=their_log, env={}, cwd="/",
+                pass_fds=(config_fd,), preexec_fn=before_exec(warded=warded),
             )  # fmt: skip
         finally:
             far_end.close()
             os.close(config_fd)
+            os.close(their_log)
         try:
             leaf.add(self._process.pid)
             self._control.settimeout(START_SECONDS)
@@ -89,9 +91,13 @@ class ForkServer:
 
     def _last_words(self) -> str:
         """The end of what it, or nsjail around it, has written; it is called when the jail has ended or hangs."""
-        text = os.pread(self._log, 1 << 20, 0).decode(errors="replace")
+        try:
+            text = os.read(self._log, 1 << 16).decode(errors="replace")
+        except BlockingIOError:
+            text = ""
         lines = [line for line in text.splitlines() if line.strip() and not line.startswith("[I]")]
-        return " / ".join(lines[-3:]) or "without a word"
+        errors = [line for line in lines if "Error" in line]
+        return " / ".join(errors[-1:] or lines[-3:]) or "without a word"
 
 
 class ForkServers:

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from background import spawn
-from sandbox.engine import EngineUnavailable
+from sandbox.cgroup import TooLittleMemory
+from sandbox.engine import EngineUnavailable, did_not_fit
 from sandbox.forkjail import ForkServer, ForkServers
 from sandbox.host import FIRST_UID, UIDS, Host, Uids
 from sandbox.interpreters import find_koffi, runtime_folder
@@ -117,7 +118,10 @@ class ForkServerEngine:
 
     def warnings(self) -> list[str]:
         """What this machine does not let the engine enforce."""
-        return self._host.warnings() if self._host is not None else []
+        if self._host is None:
+            return []
+        unlimited = ["the number of a run's processes is not limited"] if self._host.no_cgroups else []
+        return [*self._host.warnings(), *unlimited]
 
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` in a slot."""
@@ -126,6 +130,8 @@ class ForkServerEngine:
             slot.leaf.limit(job.limits, OWN_PROCESSES)
             slot.begin(self._task_of(job))
             return await slot.watch(job, channel)
+        except TooLittleMemory:
+            return did_not_fit(job)
         finally:
             await slot.gone()
             leaving = spawn(slot.discard(), name="give back a slot")
@@ -198,14 +204,13 @@ class ForkServerEngine:
 
     def _task_of(self, job: Job) -> bytes:
         """The job's file, as fork_python.py and preload.cjs read it."""
-        return_bytes = job.limits.output_bytes if job.return_files else 0
         files = {**job.files, LANGUAGES[job.language].file_name: job.code}
         if job.language == "python":
             contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
             task = marshal.dumps((list(job.args), contents), MARSHAL_VERSION)
         else:
             task = json.dumps({"args": job.args, "files": files}).encode()
-        return return_bytes.to_bytes(8, "little") + task
+        return job.return_bytes.to_bytes(8, "little") + task
 
     def _start_python(self, host: Host) -> ForkServer:
         python = str(host.interpreters["python"].inside)

@@ -52,6 +52,12 @@ class Job:
     return_files: bool = False
     limits: Limits = field(default_factory=Limits)
 
+    @property
+    def return_bytes(self) -> int:
+        """How many bytes of files are given back at most, what it was given included."""
+        given = sum(len(text.encode("utf-8", "surrogatepass")) for text in (self.code, *self.files.values()))
+        return self.limits.output_bytes + given if self.return_files else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:

@@ -7,7 +7,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from sandbox.engine import EngineUnavailable
+from sandbox.cgroup import TooLittleMemory
+from sandbox.engine import EngineUnavailable, did_not_fit
 from sandbox.host import FIRST_UID, UIDS, Host, Uids
 from sandbox.interpreters import SCRATCH_PLACES
 from sandbox.jail import Jail
@@ -66,6 +67,8 @@ class NsjailEngine:
             jail.leaf.limit(job.limits, OWN_PROCESSES)
             jail.begin(self.config_of(job, jail.uid), self.task_of(job))
             return await jail.watch(job, channel)
+        except TooLittleMemory:
+            return did_not_fit(job)
         finally:
             await jail.discard()
             self._uids.give_back(jail.uid)
@@ -86,7 +89,7 @@ class NsjailEngine:
                 "argv": command(job.language, interpreter, job.args),
                 "environment": environment(job.language, home="/work", scratch="/tmp"),  # noqa: S108 -- the jail's own
                 "files": {**job.files, LANGUAGES[job.language].file_name: job.code},
-                "return_bytes": job.limits.output_bytes if job.return_files else 0,
+                "return_bytes": job.return_bytes,
             },
             MARSHAL_VERSION,
         )

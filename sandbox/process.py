@@ -77,7 +77,7 @@ class Watch:
         """Nothing more will be heard of the run: a fault of ours, unless its end is known or memory ran out."""
         if self._over.is_set():
             return
-        if self._started is not None and self._group.oom_kills():
+        if self._group.oom_kills():
             self.end()
         else:
             self.failed(reason())
@@ -105,10 +105,12 @@ class Watch:
             for reader in (self._out, self._err):
                 await reader.drained(PIPE_GRACE_S)
             return conclude(self._job, self._complete(), self._out.kept, self._err.kept)
+        except BaseException:
+            self._group.kill()
+            raise
         finally:
             listener.cancel()
             self._stop_clocks()
-            self._group.kill()
             for end in (self._in, self._out, self._err):
                 end.close()
 

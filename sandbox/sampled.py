@@ -86,6 +86,10 @@ class ProcessTree:
             if all(process == self._root for process in living):
                 break
 
+    async def release(self) -> None:
+        """As `remove`: there is nothing to be used again."""
+        await self.remove()
+
     async def remove(self) -> None:
         """Ends the tree and stops sampling."""
         if self._sampler is not None:

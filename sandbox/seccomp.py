@@ -47,7 +47,7 @@ ALLOWED: dict[str, str] = {
         arch_prctl set_tid_address set_robust_list get_robust_list rseq sched_yield sched_getaffinity
         sched_setaffinity sched_getparam sched_getscheduler sched_setscheduler sched_setparam sched_getattr
         sched_setattr sched_get_priority_max sched_get_priority_min sched_rr_get_interval getpriority
-        setpriority getrlimit setrlimit prlimit64 getrusage times getcpu ioprio_get ioprio_set
+        setpriority getrlimit setrlimit getrusage times getcpu ioprio_get ioprio_set
     """,
     "identity": """
         getuid geteuid getgid getegid getresuid getresgid getgroups capget capset setuid setgid setreuid
@@ -113,9 +113,10 @@ POLICY runboard {{
     clone {{ (clone_flags & {CLONE_NEW_ANY:#x}) == 0 }},
     socket {{ family == {AF_UNIX} || family == {AF_INET} || family == {AF_INET6} }},
     socketpair {{ family == {AF_UNIX} }},
-    ioctl {{ cmd != {TIOCSTI:#x} && cmd != {TIOCLINUX:#x} }}
+    ioctl {{ cmd != {TIOCSTI:#x} && cmd != {TIOCLINUX:#x} }},
+    prlimit64 {{ pid == 0 || new_rlim == 0 }}
   }},
-  ERRNO({EPERM}) {{ {_names(REFUSED.split())}, clone, ioctl }},
+  ERRNO({EPERM}) {{ {_names(REFUSED.split())}, clone, ioctl, prlimit64 }},
   ERRNO({EAFNOSUPPORT}) {{ socket, socketpair }}
 }}
 USE runboard DEFAULT ERRNO({ENOSYS})
@@ -127,12 +128,18 @@ DONTFORK = 10
 
 
 def kafel_of_fork_server() -> str:
-    """The policy of a fork server itself, which is ours: only that a heap stays forkable, whatever V8 wishes.
+    """The policy of a fork server itself, which is ours: a heap stays forkable, whatever V8 wishes, and libuv makes no
+    rings, whose memory would be shared with every child.
 
     Its children have `bpf` on top of it.
     """
-    return f"POLICY forkable {{ ERRNO(0) {{ madvise(start, len_in, behavior) {{ behavior == {DONTFORK} }} }} }}\n" \
+    return f"POLICY forkable {{ ERRNO(0) {{ madvise(start, len_in, behavior) {{ behavior == {DONTFORK} }} }}, " \
+           f"ERRNO({ENOSYS}) {{ io_uring_setup }} }}\n" \
            "USE forkable DEFAULT ALLOW\n"  # fmt: skip
+
+
+BINARY_TREE = 2
+"""The kernel asks a new filter about every system call ahead, so a list of names would cost each run 0.4 ms."""
 
 
 def bpf() -> list[bytes]:
@@ -153,13 +160,17 @@ def bpf() -> list[bytes]:
         by_argument.add_rule(library.ERRNO(EPERM), "clone", library.Arg(0, library.MASKED_EQ, flag, flag))
     for command in (TIOCSTI, TIOCLINUX):  # the kernel looks at 32 bits only
         by_argument.add_rule(library.ERRNO(EPERM), "ioctl", library.Arg(1, library.MASKED_EQ, 0xFFFFFFFF, command))
+    own = library.Arg(0, library.NE, 0), library.Arg(2, library.NE, 0)  # limits of another process: its init's
+    by_argument.add_rule(library.ERRNO(EPERM), "prlimit64", *own)
     for call, families in (("socket", (AF_UNIX, AF_INET, AF_INET6)), ("socketpair", (AF_UNIX,))):
         others = [library.Arg(0, library.EQ, family) for family in range(max(families)) if family not in families]
         for other in [*others, library.Arg(0, library.GT, max(families))]:
             by_argument.add_rule(library.ERRNO(EAFNOSUPPORT), call, other)
 
     by_name = library.SyscallFilter(library.ERRNO(ENOSYS))
-    conditional = "clone ioctl socket socketpair"
+    with contextlib.suppress(OSError):  # before libseccomp 2.5
+        by_name.set_attr(library.Attr.CTL_OPTIMIZE, BINARY_TREE)
+    conditional = "clone ioctl prlimit64 socket socketpair"
     for action, names in (
         (library.ALLOW, " ".join([*ALLOWED.values(), conditional])),
         (library.ERRNO(EPERM), REFUSED),

@@ -45,14 +45,14 @@ class Slot:
         self._fds = Descriptors()
         theirs, self._pipes = self._fds.standard_streams(uid)
         self._job = self._fds.keep(os.memfd_create("job", os.MFD_CLOEXEC))
-        entrances = [self._fds.keep(fd) for fd in leaf.entrances()]
+        entrances = leaf.entrances()
         self._end, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._end.settimeout(SETUP_SECONDS)
             server.fork(request, [far_end.fileno(), self._job, *theirs, *entrances])
             far_end.close()
-            self._fds.close(*theirs, *entrances)
+            self._fds.close(*theirs)
             pid = self._hear(b"init")
             self._pidfd = self._fds.keep(os.pidfd_open(pid))
             if not entrances:
@@ -83,7 +83,7 @@ class Slot:
         self._fds.give(*self._pipes)
         watch = Watch(job, channel, self.leaf, self._pipes)
         setup = loop.call_later(SETUP_SECONDS, lambda: watch.failed("the program was not started in time"))
-        reports = Reports(self._end, job.limits.output_bytes if job.return_files else 0, setup.cancel)
+        reports = Reports(self._end, job.return_bytes, setup.cancel)
         loop.add_reader(self._end, lambda: self._heard(reports, watch))
         try:
             return await watch.outcome()
@@ -93,8 +93,8 @@ class Slot:
 
     async def gone(self) -> None:
         """Ends whatever is left of it and waits until the last process is gone."""
-        self.leaf.kill()
         if not _readable(self._pidfd):
+            self.leaf.kill()
             loop = asyncio.get_running_loop()
             over: asyncio.Future[None] = loop.create_future()
             loop.add_reader(self._pidfd, _settle, over)
@@ -107,7 +107,7 @@ class Slot:
         """Gives everything back."""
         self._end.close()
         try:
-            await self.leaf.remove()
+            await self.leaf.release()
         finally:
             self._fds.close_all()
             self._give_back()

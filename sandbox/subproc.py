@@ -57,7 +57,7 @@ class SubprocessEngine:
                 path.write_bytes(text.encode("utf-8", "surrogatepass"))
             outcome = await self._run_in(folder, job, channel)
             if job.return_files and outcome.facts.exit_code is not None:
-                files, cut = await asyncio.to_thread(collect, str(folder / "work"), job.limits.output_bytes)
+                files, cut = await asyncio.to_thread(collect, str(folder / "work"), job.return_bytes)
                 outcome = replace(outcome, facts=replace(outcome.facts, files=files, files_cut=cut))
             return outcome
         finally:

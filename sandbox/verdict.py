@@ -64,14 +64,18 @@ def _sentence(status: Status, facts: Facts, limits: Limits) -> str:
         case Status.CPU_LIMIT:
             return f"CPU limit exceeded: {limits.cpu_ms / 1000:g} s of CPU time"
         case Status.MEMORY_LIMIT:
-            return f"Memory limit exceeded: {limits.memory_bytes / (1 << 20):g} MiB"
+            return f"Memory limit exceeded: {_size(limits.memory_bytes, 20, 'MiB')}"
         case Status.OUTPUT_LIMIT:
             names = {"stdout": "standard output", "stderr": "standard error"}
             where = " and ".join(names[stream] for stream in facts.output_cut)
-            return f"Output limit exceeded: {limits.output_bytes / (1 << 10):g} KiB on {where}"
+            return f"Output limit exceeded: {_size(limits.output_bytes, 10, 'KiB')} on {where}"
         case Status.PROCESS_LIMIT:
             return f"Process limit exceeded: {limits.processes} processes and threads"
         case Status.KILLED:
             return f"Ended by signal {facts.signal}"
         case _:
             return f"Ended with exit code {facts.exit_code}"
+
+
+def _size(size: int, shift: int, unit: str) -> str:
+    return f"{size / (1 << shift):g} {unit}" if size >= 1 << shift else f"{size} bytes"

@@ -13,6 +13,7 @@ from sandbox.model import Job, Limits, Outcome
 MAX_CODE_BYTES = 256 << 10
 MAX_NAME_BYTES = 255
 MAX_PARTS = 16
+MAX_FILES = 100
 LANGUAGE_FILES = {"python": "main.py", "javascript": "main.js"}
 """What the program's own file is called; a test compares it with the sandbox's."""
 
@@ -111,7 +112,7 @@ def output_of(outcome: Outcome, queue_ms: float, job: Job, *, streamed: bool = F
     """The data of the `output` message. `streamed`: the client was shown standard error already."""
     shows_stderr = outcome.error is None and not streamed
     facts = outcome.facts
-    truncated = [*facts.output_cut, *(["files"] if facts.files_cut else [])]
+    files, files_cut = _files_of(outcome, job)
     return {
         # A client of the seed alone has no other field in which it would see what a good program wrote to stderr.
         "output": outcome.stdout + outcome.stderr if shows_stderr else outcome.stdout,
@@ -123,14 +124,21 @@ def output_of(outcome: Outcome, queue_ms: float, job: Job, *, streamed: bool = F
         "exitCode": facts.exit_code,
         "signal": facts.signal,
         "cpuTime": round(facts.usage.cpu_ms, 3),
-        "truncated": truncated,
+        "truncated": [*facts.output_cut, *(["files"] if files_cut else [])],
         "queueTime": round(queue_ms, 3),
-        **({"files": _files_of(outcome, job)} if job.return_files else {}),
+        **({"files": files} if job.return_files else {}),
     }
 
 
-def _files_of(outcome: Outcome, job: Job) -> dict[str, str]:
-    """What the program has left, without what it was given and has not changed."""
+def _files_of(outcome: Outcome, job: Job) -> tuple[dict[str, str], bool]:
+    """What the program has left, without what it was given and has not changed; and whether that is not all."""
     given = {**job.files, LANGUAGE_FILES[job.language]: job.code}
     left = {name: content.decode("utf-8", "replace") for name, content in outcome.facts.files.items()}
-    return {name: text for name, text in left.items() if given.get(name) != text}
+    new = {name: text for name, text in left.items() if given.get(name) != text}
+    shown: dict[str, str] = {}
+    room = job.limits.output_bytes
+    for name, text in new.items():
+        room -= len(outcome.facts.files[name])
+        if len(shown) < MAX_FILES and room >= 0:
+            shown[name] = text
+    return shown, outcome.facts.files_cut or len(shown) < len(new)

@@ -8,7 +8,8 @@ import os
 import stat
 import sys
 
-MOST_FILES = 100
+MOST_FILES = 201
+"""As many as a job may bring and may get back, and the program itself."""
 MOST_DEPTH = 16
 PIECE_BYTES = 32 << 10
 SIGKILL = 9
@@ -24,9 +25,9 @@ def end_others_and_report(report_fd: int, most_bytes: int) -> None:
             os.wait()
     except (ChildProcessError, ProcessLookupError):
         pass
-    files, cut = collect(".", most_bytes)
+    files, cut = collect("/proc/self/cwd", most_bytes)  # which can be named even if the program has closed it
     for name, content in files.items():
-        os.write(report_fd, b"file " + name.encode("utf-8", "replace"))
+        os.write(report_fd, b"file " + name.encode())
         for start in range(0, len(content), PIECE_BYTES):
             os.write(report_fd, b"data " + content[start : start + PIECE_BYTES])
     if cut:
@@ -34,12 +35,14 @@ def end_others_and_report(report_fd: int, most_bytes: int) -> None:
 
 
 def collect(folder: str, most_bytes: int) -> tuple[dict[str, bytes], bool]:
-    """The files as path → content, at most 100 and `most_bytes` of them, and whether some were left out.
+    """The files as path → content, at most 201 and `most_bytes` of them, and whether some were left out.
 
-    Each is opened below the folder that it was found in, so no name and no link leads out.
+    Each is opened below the folder that it was found in, so no name and no link leads out. Nobody else may be at work
+    there any more.
     """
     found: dict[str, bytes] = {}
-    root = os.open(folder, OPEN)
+    os.chmod(folder, 0o700)
+    root = os.open(folder, OPEN & ~os.O_NOFOLLOW)
     try:
         complete = _visit(root, "", found, most_bytes, 0)
     finally:
@@ -50,21 +53,26 @@ def collect(folder: str, most_bytes: int) -> tuple[dict[str, bytes], bool]:
 def _visit(folder: int, path: str, found: dict[str, bytes], most_bytes: int, depth: int) -> bool:
     complete = True
     for name in sorted(os.listdir(folder)):
-        try:
-            entry = os.open(name, OPEN, dir_fd=folder)
-        except OSError:  # a link, or something that may not be read
+        mode = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+        if not stat.S_ISDIR(mode) and not stat.S_ISREG(mode):
             continue
         try:
-            status = os.fstat(entry)
-            if stat.S_ISDIR(status.st_mode):
-                complete &= depth < MOST_DEPTH and _visit(entry, f"{path}{name}/", found, most_bytes, depth + 1)
-            elif stat.S_ISREG(status.st_mode):
-                left = most_bytes - sum(map(len, found.values()))
-                if len(found) < MOST_FILES and status.st_size <= left:
-                    with open(entry, "rb", closefd=False) as file:
-                        found[f"{path}{name}"] = file.read(left)
-                else:
-                    complete = False
+            os.chmod(name, 0o700, dir_fd=folder)
+            entry = os.open(name, OPEN, dir_fd=folder)
+        except OSError:  # of another user, or too many are open
+            complete = False
+            continue
+        shown = path + os.fsencode(name).decode("utf-8", "replace")
+        try:
+            if stat.S_ISDIR(mode):
+                complete &= depth < MOST_DEPTH and _visit(entry, f"{shown}/", found, most_bytes, depth + 1)
+                continue
+            left = most_bytes - sum(map(len, found.values()))
+            if len(found) < MOST_FILES and shown not in found and os.fstat(entry).st_size <= left:
+                with open(entry, "rb", closefd=False) as file:
+                    found[shown] = file.read(left)
+            else:
+                complete = False
         finally:
             os.close(entry)
     return complete

@@ -7,7 +7,8 @@
 'use strict'
 
 const fs = require('node:fs')
-const { setFlagsFromString } = require('node:v8')
+const { inspect } = require('node:util')
+const { queryObjects, setFlagsFromString } = require('node:v8')
 const koffi = require('/forkserver/node_modules/koffi')
 
 const MESSAGE_BYTES = 1 << 18
@@ -29,7 +30,7 @@ const RLIMIT_NOFILE = 7
 const self = koffi.load(null)
 const libc = {}
 for (const declaration of [
-  'long recvmsg(int, void *, int)', 'int fork()', 'int unshare(int)', 'int setns(int, int)',
+  'long recvmsg(int, void *, int)', 'int fork()', 'int setsid()', 'int unshare(int)', 'int setns(int, int)',
   'int mount(str, str, str, unsigned long, str)', 'int umount2(str, int)', 'int dup2(int, int)', 'int close(int)',
   'int setresuid(uint, uint, uint)', 'int setresgid(uint, uint, uint)', 'int capset(void *, void *)',
   'int prctl(int, unsigned long, uintptr_t, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
@@ -69,14 +70,13 @@ function serve () {
     if (!text) libc._exit(0) // the server is gone
     const request = JSON.parse(text)
     call('unshare', CLONE_NEWPID) // for the next child only
-    if (libc.fork() === 0) {
+    if (call('fork') === 0) {
       try {
         libc.close(ownPids)
-        becomeFirst(request, filters, descriptors, setup.collect)
-        makeWorld(request, descriptors)
-        giveUpRights(request, filters)
-        call('prctl', PR_SET_DUMPABLE, 1, 0, 0, 0)
-        becomeFresh()
+        makeWorld(request, filters, descriptors)
+        const program = call('fork')
+        if (program !== 0) awaitEnd(program, descriptors, setup.collect)
+        becomeProgram(descriptors)
       } catch (failure) {
         fs.writeSync(descriptors[REPORT], `failed: ${failure.message}`)
         libc._exit(1)
@@ -114,9 +114,10 @@ function rehearse () {
   require('node:net') // what process.stdout is made of, when it is a pipe
   const quiet = new Console(new Writable({ write: (chunk, encoding, done) => done() }))
   quiet.log('%s', 1, { a: ['b', 2n, null] }, new Map([[1, new Error('rehearsal')]]))
-  setFlagsFromString('--expose-gc')
-  require('node:vm').runInNewContext('gc')()
-  setFlagsFromString('--no-expose-gc')
+  const { emitWarning } = process
+  process.emitWarning = () => {} // it is experimental, we know
+  queryObjects(class None {}) // collects garbage first; gc() of a new context would choose the seed of all later ones
+  process.emitWarning = emitWarning
 }
 
 /** A function that waits for one message: its text, and the descriptors that came with it. */
@@ -142,21 +143,30 @@ function receiver () {
   }
 }
 
-/** Becomes the first process of a new world and forks the one that will be the program, where this returns. */
-function becomeFirst (request, filters, descriptors, collect) {
+/** Becomes the first process of a new world, with nothing in it and no right to change it. */
+function makeWorld (request, filters, descriptors) {
   libc.signal(SIGCHLD, SIG_DFL)
+  call('setsid') // a signal to its process group does not reach others
   for (const group of descriptors.slice(FIRST_GROUP)) { // from here on, what is used counts as the run's
     fs.writeSync(group, '0')
     libc.close(group)
   }
-  const [report, job] = descriptors
-  fs.writeSync(report, 'init')
+  fs.writeSync(descriptors[REPORT], 'init')
   call('unshare', CLONE_OTHERS)
-  const program = call('fork')
-  if (program === 0) return
+  call('mount', 'proc', '/proc', 'proc', MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, null)
+  for (const place of ['/tmp', '/work', '/dev/shm']) {
+    call('mount', 'tmpfs', place, 'tmpfs', MS_NOSUID | MS_NODEV, request.scratch)
+  }
+  call('umount2', '/forkserver', MNT_DETACH)
+  process.chdir('/work')
   giveUpRights(request, filters)
-  call('prctl', PR_SET_DUMPABLE, 0, 0, 0, 0) // the program has the same user
-  libc.signal(SIGINT, SIG_IGN)
+  call('prctl', PR_SET_DUMPABLE, 0, 0, 0, 0) // the program will have the same user
+}
+
+/** What the first process does from then on: reaps, and reports the program's end. */
+function awaitEnd (program, descriptors, collect) {
+  const [report, job] = descriptors
+  libc.signal(SIGINT, SIG_IGN) // of all signals, process 1 hears only those that it handles
   for (const descriptor of [0, 1, 2, ...descriptors.slice(STDIN, FIRST_GROUP)]) libc.close(descriptor)
   const status = Buffer.alloc(4)
   while (libc.waitpid(-1, status, 0) !== program);
@@ -164,25 +174,21 @@ function becomeFirst (request, filters, descriptors, collect) {
   const header = Buffer.alloc(HEADER_BYTES)
   fs.readSync(job, header, 0, HEADER_BYTES, 0)
   if (header.readBigUInt64LE(0)) {
-    process.chdir('/work')
     libc.execv(collect[0], [...collect, String(report), String(header.readBigUInt64LE(0)), ended, null])
   }
   fs.writeSync(report, ended)
   libc._exit(0)
 }
 
-/** Mounts what is the run's own, and takes its standard streams. */
-function makeWorld (request, descriptors) {
-  call('mount', 'proc', '/proc', 'proc', MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, null)
-  for (const place of ['/tmp', '/work', '/dev/shm']) {
-    call('mount', 'tmpfs', place, 'tmpfs', MS_NOSUID | MS_NODEV, request.scratch)
-  }
-  call('umount2', '/forkserver', MNT_DETACH)
-  process.chdir('/work')
-  for (const number of [0, 1, 2]) {
-    call('dup2', descriptors[STDIN + number], number)
-    libc.close(descriptors[STDIN + number])
-  }
+/** Takes the standard streams, and becomes a node like one that has just been started. */
+function becomeProgram (descriptors) {
+  call('prctl', PR_SET_DUMPABLE, 1, 0, 0, 0)
+  for (const number of [0, 1, 2]) call('dup2', descriptors[STDIN + number], number)
+  loseInheritance(descriptors)
+  call('uv_loop_fork', libc.uv_default_loop())
+  Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
+  reseed()
+  leaveEarly()
 }
 
 /** Takes the slot's user and drops every right that could be used or regained. */
@@ -202,21 +208,32 @@ function giveUpRights ({ user, open_files: openFiles }, filters) {
   for (const { program } of filters) call('prctl', PR_SET_SECCOMP, SECCOMP_MODE_FILTER, koffi.address(program), 0, 0)
 }
 
-/** Makes a forked node like one that has just been started. */
-function becomeFresh () {
-  call('uv_loop_fork', libc.uv_default_loop())
-  Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
-  reseed()
-  leaveEarly()
+/**
+ * Makes every descriptor that libuv and node have opened lead nowhere: the fork server and all its children share what is
+ * behind them. Their numbers stay taken until libuv, which still knows them, has closed them.
+ */
+function loseInheritance ([report, job]) {
+  const nowhere = fs.openSync('/dev/null', 'r+')
+  for (const name of fs.readdirSync('/proc/self/fd')) {
+    const number = Number(name)
+    if (number > 2 && ![report, job, nowhere].includes(number)) libc.dup2(nowhere, number) // one has just been closed
+  }
+  libc.close(nowhere)
 }
 
-/** Math.random() goes on from its state when the fork server was forked, unless it is told a seed at its first use. */
+/**
+ * Math.random() goes on from its state when the fork server was forked, unless it is told a seed at its first use. Other
+ * contexts (node:vm) take theirs from a generator of V8, which also numbers what is put into sets: so it is made to move on.
+ */
 function reseed () {
-  const seed = Buffer.alloc(4)
+  const MOST_STEPS = 1024
+  const seed = Buffer.alloc(6)
   call('getrandom', seed, seed.length, 0)
   setFlagsFromString(`--random-seed=${seed.readUInt32LE() >>> 1 || 1}`)
   Math.random()
   setFlagsFromString('--random-seed=0')
+  const numbered = new WeakSet()
+  for (let step = seed.readUInt16LE(4) % MOST_STEPS; step > 0; step--) numbered.add({})
 }
 
 /**
@@ -228,15 +245,16 @@ function leaveEarly () {
   const UNSETTLED_AWAIT = 13
   const environment = libc.currentEnvironment(libc.currentContext(libc.currentIsolate()))
   const exit = libc.dlsym(0, '_exit')
-  process.reallyExit = (code) => libc._exit(code ?? 0)
+  process.reallyExit = (code) => libc._exit(Number(code ?? 0))
   const { emit } = process
   let uncaught = false
   process.emit = function (event, ...values) {
-    if (event !== 'exit') {
-      const handled = Reflect.apply(emit, this, [event, ...values])
-      if (event === 'uncaughtException') uncaught = !handled
+    if (event === 'uncaughtException') {
+      const handled = failing(() => Reflect.apply(emit, this, [event, ...values]))
+      uncaught = !handled
       return handled
     }
+    if (event !== 'exit' || !process._exiting) return Reflect.apply(emit, this, [event, ...values])
     let code = 1
     try {
       const handled = Reflect.apply(emit, this, [event, ...values])
@@ -246,6 +264,17 @@ function leaveEarly () {
     } finally {
       libc.atExit(environment, exit, code)
     }
+  }
+}
+
+/** What a handler of uncaught errors gives; if it throws itself, node ends there with a code of its own. */
+function failing (handle) {
+  const HANDLER_FAILED = 7
+  try {
+    return handle()
+  } catch (error) {
+    fs.writeSync(2, `${inspect(error)}\n\nNode.js ${process.version}\n`)
+    return libc._exit(HANDLER_FAILED)
   }
 }
 

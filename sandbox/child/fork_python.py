@@ -10,20 +10,23 @@ A child may also become another interpreter, started ahead of its job (`request[
 """
 
 import atexit
+import contextlib
 import ctypes
 import fcntl
 import gc
 import importlib
+import io
 import marshal
 import os
 import resource
 import signal
+import site
 import socket
 import sys
 import time
 import types
 import weakref
-from typing import Any
+from typing import Any, NoReturn
 
 FOLDER = "/forkserver"
 MESSAGE_BYTES = 1 << 18
@@ -50,11 +53,13 @@ class Filter(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
 
 
-def call(name: str, *arguments: object) -> None:
-    """A function of libc. Raises OSError."""
-    if getattr(libc, name)(*arguments) == -1:
+def call(name: str, *arguments: object) -> int:
+    """What a function of libc gives. Raises OSError."""
+    answer: int = getattr(libc, name)(*arguments)
+    if answer == -1:
         number = ctypes.get_errno()
         raise OSError(number, f"{name}: {os.strerror(number)}")
+    return answer
 
 
 def serve() -> None:
@@ -62,8 +67,7 @@ def serve() -> None:
     control = socket.socket(fileno=0)
     setup = marshal.loads(control.recv(MESSAGE_BYTES))  # noqa: S302 -- of the server
     filters = [(Filter(len(one) // INSTRUCTION_BYTES, one),) for one in setup["filters"]]
-    for name in setup["preload"]:
-        importlib.import_module(name)
+    hooks = preload(setup["preload"])
     capability = 0
     while not libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
         capability += 1
@@ -79,14 +83,14 @@ def serve() -> None:
             os._exit(0)
         request = marshal.loads(text)  # noqa: S302 -- of the server
         call("unshare", CLONE_NEWPID)  # for the next child only
-        if not libc.fork():  # without python's own care for a forked interpreter: the first process needs none
+        if not call("fork"):  # without python's own care for a forked interpreter, which touches hundreds of pages
             try:
                 os.close(own_pids)
                 control.detach()
-                begin(request, filters, descriptors)
-                make_world(request, descriptors)
-                give_up_rights(request, filters)
-                call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
+                make_world(request, filters, descriptors)
+                if program := call("fork"):
+                    await_end(program, descriptors)
+                become_program(descriptors, hooks)
                 if "start" in request:
                     start(request["start"], descriptors)
                 await_job(descriptors[REPORT], descriptors[JOB])
@@ -99,20 +103,62 @@ def serve() -> None:
             os.close(descriptor)
 
 
-def begin(request: dict[str, Any], filters: list[Any], descriptors: list[int]) -> None:
-    """Becomes the first process of a new world and forks the one that will be the program, where this returns."""
+def preload(names: tuple[str, ...]) -> list[Any]:
+    """Imports modules; gives what they want to be called in each forked child."""
+    hooks: list[Any] = []
+    register = os.register_at_fork
+
+    def register_and_note(**callables: Any) -> None:
+        if "after_in_child" in callables:
+            hooks.append(callables["after_in_child"])
+        register(**callables)
+
+    os.register_at_fork = register_and_note
+    try:
+        for name in names:
+            importlib.import_module(name)
+    finally:
+        os.register_at_fork = register
+    if "threading" in sys.modules:  # its own hook looks for threads that did not survive: there were none
+        threading = sys.modules["threading"]
+        hooks.remove(threading._after_fork)
+        hooks.append(threading.main_thread()._set_native_id)
+    if "numpy.random" in sys.modules:  # it has no hook, and would give every run the same numbers
+        hooks.append(sys.modules["numpy.random"].seed)
+    return hooks
+
+
+def skip_user_customization() -> None:
+    """Spares each child the search for a module that no jail has."""
+    wanted = site.execusercustomize
+
+    def skip() -> None:
+        site.execusercustomize = wanted
+
+    site.execusercustomize = skip
+
+
+def make_world(request: dict[str, Any], filters: list[Any], descriptors: list[int]) -> None:
+    """Becomes the first process of a new world, with nothing in it and no right to change it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.setsid()  # a signal to its process group does not reach others
     for group in descriptors[FIRST_GROUP:]:  # from here on, what is used counts as the run's
         os.write(group, b"0")
         os.close(group)
-    report, job = descriptors[REPORT], descriptors[JOB]
-    os.write(report, b"init")
+    os.write(descriptors[REPORT], b"init")
     call("unshare", CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET)
-    program = os.fork()
-    if not program:
-        return
+    call("mount", b"proc", b"/proc", b"proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
+    for place in (b"/tmp", b"/work", b"/dev/shm"):
+        call("mount", b"tmpfs", place, b"tmpfs", MS_NOSUID | MS_NODEV, request["scratch"].encode())
+    call("umount2", FOLDER.encode(), MNT_DETACH)
+    os.chdir("/work")
     give_up_rights(request, filters)
-    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program has the same user
+    call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # the program will have the same user
+
+
+def await_end(program: int, descriptors: list[int]) -> NoReturn:
+    """What the first process does from then on: reaps, and reports the program's end."""
+    report, job = descriptors[REPORT], descriptors[JOB]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of all signals, process 1 hears only those that it handles
     for descriptor in (0, 1, 2, *descriptors[STDIN:FIRST_GROUP]):
         os.close(descriptor)
@@ -121,22 +167,19 @@ def begin(request: dict[str, Any], filters: list[Any], descriptors: list[int]) -
         if pid == program:
             ended = b"ended %d %d" % (time.monotonic_ns(), status)
             if return_bytes := int.from_bytes(os.pread(job, HEADER_BYTES, 0), "little"):
-                os.chdir("/work")
                 end_others_and_report(report, return_bytes)
             os.write(report, ended)
             os._exit(0)
 
 
-def make_world(request: dict[str, Any], descriptors: list[int]) -> None:
-    """Mounts what is the run's own, and takes its standard streams."""
-    call("mount", b"proc", b"/proc", b"proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    for place in (b"/tmp", b"/work", b"/dev/shm"):
-        call("mount", b"tmpfs", place, b"tmpfs", MS_NOSUID | MS_NODEV, request["scratch"].encode())
-    call("umount2", FOLDER.encode(), MNT_DETACH)
-    os.chdir("/work")
+def become_program(descriptors: list[int], hooks: list[Any]) -> None:
+    """Takes the standard streams, and becomes an interpreter like no other."""
+    call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
     for number in (0, 1, 2):
         os.dup2(descriptors[STDIN + number], number)
         os.close(descriptors[STDIN + number])
+    for hook in hooks:
+        hook()
 
 
 def give_up_rights(request: dict[str, Any], filters: list[Any]) -> None:
@@ -179,36 +222,76 @@ def await_job(report: int, job: int) -> None:
         while left:
             left = left[os.write(file, left) :]
         os.close(file)
-        sys.modules.pop(name.partition("/")[0].removesuffix(".py"), None)  # it comes before one that is warm
+        forget(name.partition("/")[0].removesuffix(".py"))  # it comes before one that is warm
     sys.argv[1:] = sys.orig_argv[2:] = args
+    sys.path_importer_cache[f"/work/{sys.argv[0]}"] = None  # it is no archive, as python would find after a long look
     sys.modules[__name__] = types.ModuleType(__name__)
     main = types.ModuleType("__main__")  # not the one that is frozen: what a program leaves in it is to be collected
     vars(main).update(vars(sys.modules["__main__"]))
     sys.modules["__main__"] = main
+    mains.append(main)
     os.write(report, b"started %d" % time.monotonic_ns())
     os.close(report)
+
+
+def forget(name: str) -> None:
+    """Has a module, and what is in its package, imported anew."""
+    for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
+        del sys.modules[known]
+
+
+mains: list[types.ModuleType] = []
+"""The program's own module, once there is one."""
 
 
 def leave(warm: frozenset[str]) -> None:
     """Ends a program that came to its end by itself, after all of python's own end that can be noticed.
 
     The rest, taking the interpreter apart, costs more than most programs: it touches every page that was forked.
-    Python removes `__file__` from a main module that is through, but not when SystemExit ended it, and sets `last_type`
-    for an error: in both cases only python itself knows the exit code, and is left to its own way.
+    Wherever it is not sure what python would do, python is left to do it.
     """
-    main = vars(sys.modules["__main__"])
-    if "__file__" in main or hasattr(sys, "last_type"):
-        return
     try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except Exception:  # python will try again and tell
+        if ran_through(mains[0]):
+            flush()
+            finalize(warm)
+            libc.exit(0)
+    except BaseException:  # of a program that has changed what is used here
         return
+
+
+def ran_through(main: types.ModuleType) -> bool:
+    """Whether main.py came to its end without an error: then python has removed two names, and set none of three."""
+    contents = vars(main)
+    return (
+        sys.modules.get("__main__") is main
+        and "__builtins__" in contents
+        and "__file__" not in contents
+        and "__cached__" not in contents
+        and not any(hasattr(sys, name) for name in ("last_type", "last_value", "last_traceback"))
+    )
+
+
+def flush() -> None:
+    """Writes out what the program has left in open files; text first, which goes into the buffers of bytes."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    files = [
+        found
+        for found in gc.get_objects()
+        if isinstance(found, io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom)
+    ]
+    for file in sorted(files, key=lambda file: not isinstance(file, io.TextIOWrapper)):
+        with contextlib.suppress(Exception):  # closed, or detached
+            file.flush()
+
+
+def finalize(warm: frozenset[str]) -> None:
+    """Lets the program's modules go, in python's order, so that finalizers run."""
     names = [name for name in sys.modules if name not in warm or name == "__main__"]
     modules = [weakref.ref(sys.modules[name]) for name in names]
     for name in names:
         sys.modules[name] = None  # type: ignore[assignment]
-    del main
+    mains.clear()
     gc.collect()
     for reference in modules:  # those that something still refers to lose their contents: private names first
         module = reference()
@@ -218,7 +301,6 @@ def leave(warm: frozenset[str]) -> None:
             for name in [*private, *(name for name in contents if name != "__builtins__")]:
                 contents[name] = None
     gc.collect()
-    libc.exit(0)
 
 
 if __name__ == "sitecustomize":
@@ -228,4 +310,5 @@ if __name__ == "sitecustomize":
     sys.path.remove(FOLDER)
     sys.path_importer_cache.pop(FOLDER, None)
     del os.environ["PYTHONPATH"]
+    skip_user_customization()
     serve()

@@ -174,3 +174,47 @@ async def test_a_stopping_server_closes_with_1012() -> None:
         await stopping.aclose()
 
         assert await client.close_code() == 1012
+
+
+LARGE = {
+    "a key twice among many": "{" + ",".join(f'"{n}":0' for n in range(60_000)) + ',"7":0}',
+    "a long list of wrong ids": json.dumps({"action": "cancelTasks", "data": {"ids": [0] * 200_000}}),
+    "a long list of right ids": json.dumps({"action": "cancelTasks", "data": {"ids": ["x"] * 150_000}}),
+    "a long list of wrong players": json.dumps({"action": "startGame", "data": {"players": [{}] * 200_000}}),
+    "a long list of wrong tasks": json.dumps({"action": "startTasks", "data": {"tasks": [{}] * 200_000}}),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+async def test_a_large_bad_message_does_not_keep_others_waiting(what: str) -> None:
+    """Nor is it looked at for longer than it takes to say what is wrong."""
+    async with serving() as server, connected(server) as client, connected(server, "/devws") as other:
+        await client.say(LARGE[what])
+        waits = []
+        answer = asyncio.ensure_future(client.hear())
+        while not answer.done():
+            begin = asyncio.get_running_loop().time()
+            await other.ask("echo", 1)
+            waits.append(asyncio.get_running_loop().time() - begin)
+
+        assert answer.result()["action"] == "error"
+        assert max(waits) < 1 * SECOND
+
+
+async def test_a_run_whose_client_left_while_its_message_was_read_is_not_begun() -> None:
+    async with serving() as server, connected(server) as other:
+        for _ in range(5):
+            async with connected(server) as client:
+                code = f"while True: pass\n{'#' * 200_000}"
+                await client.send("runCode", {"language": "python", "code": code, "mode": "standalone"})
+        assert (await other.run("print(1)"))["output"] == "1\n"  # two spinners would take both places
+
+
+@pytest.mark.parametrize("query", ["room=%ff", "session=%ff", "room=a%20b", "room="])
+async def test_a_bad_name_in_the_address_is_told(query: str) -> None:
+    async with serving() as server, connected(server, f"/appws?{query}") as client:
+        if query == "room=":
+            assert (await client.run("print(1)"))["output"] == "1\n"
+        else:
+            assert "must match" in (await client.hear())["error"]
+            assert await client.close_code() == 4400

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from tornado.httpclient import HTTPClientError
+from tornado.httpclient import HTTPClientError, HTTPRequest
+from tornado.websocket import websocket_connect
 
 from services.runs import Runs
 from tests.conftest import GEN_TEST
@@ -84,3 +85,25 @@ async def test_a_fault_of_ours_is_confessed_to_developers_only(
 
         assert (answer["details"]["code"], answer["id"]) == ("INTERNAL", 1)
         assert ("RuntimeError: ours" in str(answer)) is told
+
+
+async def test_a_page_that_only_pretends_to_be_of_this_machine_is_refused() -> None:
+    """DNS rebinding: its own host name leads to 127.0.0.1, so that its origin and its host agree."""
+    async with serving() as server:
+        host = f"evil.example:{server.port}"
+        for path, refused in (("/devws", True), ("/appws", False)):
+            request = HTTPRequest(
+                f"ws://127.0.0.1:{server.port}{path}", headers={"Host": host, "Origin": f"http://{host}"}
+            )
+            if refused:
+                with pytest.raises(HTTPClientError, match="403"):
+                    await websocket_connect(request)
+            else:
+                (await websocket_connect(request)).close()
+
+
+async def test_an_origin_that_is_no_address_is_refused() -> None:
+    async with serving() as server:
+        request = HTTPRequest(f"ws://127.0.0.1:{server.port}/devws", headers={"Origin": "http://[::1"})
+        with pytest.raises(HTTPClientError, match="403"):
+            await websocket_connect(request)

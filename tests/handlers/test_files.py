@@ -51,6 +51,27 @@ async def test_only_regular_files_come_back_and_no_link_is_followed(engine: str)
 
 
 @ENGINES
+async def test_closed_doors_and_names_that_are_no_text_hold_nothing_back(engine: str) -> None:
+    code = (
+        "import os\nos.mkdir('d')\nopen('d/a', 'w').write('1')\nopen('b', 'w').write('2')\n"
+        "open(b'\\xff', 'w').write('3')\nos.chmod('d', 0)\nos.chmod('b', 0)\nos.chmod('.', 0)"
+    )
+    async with serving(engine=engine) as server, connected(server) as client:
+        data = await client.run(code, returnFiles=True)
+
+        assert (data["status"], data["truncated"]) == ("ok", []), data
+        assert data["files"] == {"d/a": "1", "b": "2", "\ufffd": "3"}
+
+
+async def test_files_that_it_was_given_do_not_count() -> None:
+    async with serving() as server, connected(server) as client:
+        files = {f"{n:03}": "x" for n in range(100)}
+        data = await client.run("open('zzz', 'w').write('new')", files=files, returnFiles=True)
+
+        assert (data["files"], data["truncated"]) == ({"zzz": "new"}, [])
+
+
+@ENGINES
 async def test_too_many_or_too_large_files_are_cut_and_told(engine: str) -> None:
     async with serving(engine=engine) as server, connected(server) as client:
         many = await client.run("for n in range(300): open(f'{n:03}', 'w').write('x')", returnFiles=True)

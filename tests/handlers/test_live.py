@@ -134,6 +134,21 @@ async def test_input_ends_when_the_client_says_so_and_comes_after_stdin() -> Non
         assert message["data"]["output"] == "abc\n"
 
 
+async def test_a_request_that_comes_again_is_applied_once_and_answered_again() -> None:
+    async with serving() as server, connected(server) as client:
+        await client.send("runCode", live("print(open(0).read())", interactive=True), id="r")
+        for action, data in (
+            ("sendInput", {"run": "r", "text": "a"}), ("sendInput", {"run": "r", "text": "a"}),
+            ("sendInput", {"run": "r", "end": True}), ("sendInput", {"run": "r", "end": True}),
+        ):  # fmt: skip
+            await client.send(action, data, id="end" if "end" in data else "text")
+        acknowledged = []
+        while (message := await client.hear())["action"] != "output":
+            acknowledged += [message["id"]] if message["action"] == "ack" else []
+
+        assert (acknowledged, message["data"]["output"]) == (["text", "text", "end", "end"], "a\n")
+
+
 async def test_input_that_no_run_can_take_is_a_clear_error() -> None:
     async with serving() as server, connected(server) as client, connected(server) as other:
         await client.send("runCode", live("print(input())", interactive=True), id="r")

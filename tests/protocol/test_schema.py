@@ -111,3 +111,22 @@ def test_a_shape_tells_where_in_the_message_it_was_broken() -> None:
 
     assert caught.value.sentence.startswith("data.tasks.3.params.n must be of type integer")
     assert caught.value.details["path"] == "/data/tasks/3/params/n"
+
+
+def test_sizes_are_checked_before_what_is_inside() -> None:
+    """So that a message that is far too large is not looked at item by item."""
+    for path in FILES:
+        for schema in objects(json.loads(path.read_text())):
+            for size, inside in (("maxItems", "items"), ("maxProperties", "additionalProperties")):
+                if size in schema and inside in schema:
+                    assert list(schema).index(size) < list(schema).index(inside), path
+
+
+def test_of_many_violations_a_few_are_told() -> None:
+    assert len(SCHEMAS.violations(Message("cancelTasks", {"ids": [0] * 900}))) == 50
+
+
+def test_each_missing_name_is_told() -> None:
+    told = [violation["expected"] for violation in SCHEMAS.violations(Message("runCode", {"language": "python"}))]
+
+    assert sorted(told) == ["code", "mode"]

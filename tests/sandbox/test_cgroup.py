@@ -67,6 +67,7 @@ def test_version_2_is_limited_and_read_by_its_own_names(tmp_path: Path) -> None:
     assert written == {"memory.max": "12345", "memory.swap.max": "0", "pids.max": "9"}
     assert (folder / "cgroup.procs").read_text() == "99"
     assert (leaf.peak_bytes(), leaf.oom_kills(), leaf.refused_forks(), leaf.cpu_ms()) == (5000, 2, 4, 1.5)
+    leaf.close()
 
 
 def test_no_control_groups_at_all_are_told(tmp_path: Path) -> None:

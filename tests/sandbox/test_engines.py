@@ -23,7 +23,7 @@ def run(name: str, job: Job, channel: Channel | None = None) -> Outcome:
 
 
 def test_a_good_program_is_ok(name: str) -> None:
-    outcome = run(name, Job("python", "print('hällo')"))
+    outcome = run(name, Job("python", "import time; print('hällo'); time.sleep(0.2)"))  # or psutil may not see it
 
     assert (outcome.status, outcome.stdout, outcome.stderr, outcome.error) == (Status.OK, "hällo\n", "", None)
     assert outcome.facts.exit_code == 0
@@ -103,6 +103,13 @@ def test_a_memory_bomb_is_ended_by_the_memory_limit(name: str) -> None:
     assert outcome.status is Status.MEMORY_LIMIT
     assert outcome.error is not None
     assert outcome.error.startswith("Memory limit exceeded: 64 MiB")
+
+
+def test_a_memory_limit_below_any_program_is_reached_at_once(name: str) -> None:
+    outcome = run(name, Job("python", "import time; time.sleep(5)", limits=Limits(memory_bytes=1)))
+
+    assert outcome.status is Status.MEMORY_LIMIT
+    assert (outcome.error or "").startswith("Memory limit exceeded: 1 bytes")
 
 
 def test_endless_output_is_cut_and_what_came_before_is_kept(name: str) -> None:
