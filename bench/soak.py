@@ -1,6 +1,6 @@
 """Hours of use in minutes: runs, cancels, disconnects and hostile programs; what the server holds must stay flat.
 
-python -m bench.soak [--minutes M]    (make soak; MINUTES=30 by default)
+python -m bench.soak [--minutes M] [--engine NAME]    (make soak; MINUTES=30 by default)
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ async def quiet(port: int) -> None:
     print(f"still busy after 60 s: {health}")
 
 
-async def main(minutes: float) -> int:
+async def main(minutes: float, engine: str) -> int:
     """Gives 0 when nothing has grown."""
-    async with server("--engine=nsjail", "--log-level=info") as port:
+    async with server(f"--engine={engine}") as port:
         process = next(
             child for child in psutil.Process().children() if any("server.py" in word for word in child.cmdline())
         )
@@ -115,4 +115,6 @@ async def main(minutes: float) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.soak", description=__doc__)
     parser.add_argument("--minutes", type=float, default=30.0)
-    sys.exit(asyncio.run(main(parser.parse_args().minutes)))
+    parser.add_argument("--engine", default="auto")
+    options = parser.parse_args()
+    sys.exit(asyncio.run(main(options.minutes, options.engine)))

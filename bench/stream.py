@@ -1,6 +1,6 @@
 """Live output: how soon the first byte arrives, how soon a run is cancelled, and quiet clients beside a flood.
 
-python -m bench.stream [--rounds N] [--json FILE]
+python -m bench.stream [--rounds N] [--engine NAME] [--json FILE]
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import time
 from pathlib import Path
@@ -106,18 +107,44 @@ async def beside_a_queue(port: int, rounds: int) -> float:
         return await hellos(port, rounds)
 
 
-async def main(rounds: int, file: Path | None) -> None:
+SPINNER = {"python": "while True: pass", "javascript": "for (;;);"}
+
+
+async def beside_spinners(port: int, seconds: float) -> float:
+    """p99 of ms for the echo of a quiet client while both languages spin on all processors."""
+    times: list[float] = []
+    async with to(port) as spinning, to(port, "/devws") as connection:
+        for number in range(os.cpu_count() or 1):
+            language = ("python", "javascript")[number % 2]
+            data = {"language": language, "code": SPINNER[language], "mode": "standalone", "stream": True,
+                    "limits": {"timeMs": int(seconds * 1000) + 5000, "cpuMs": 60_000}}  # fmt: skip
+            await spinning.send(json.dumps({"action": "runCode", "id": number, "data": data}))
+            await next_of(spinning, "runStatus")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            begin = time.perf_counter()
+            await connection.send('{"action":"echo","data":1}')
+            await connection.recv()
+            times.append((time.perf_counter() - begin) * 1000)
+            await asyncio.sleep(0.01)
+    return statistics.quantiles(times, n=100)[98]
+
+
+async def main(rounds: int, engine: str, file: Path | None) -> None:
     """Measures, and prints a line for each."""
-    async with server("--engine=nsjail") as port:
+    async with server(f"--engine={engine}") as port:
         result: dict[str, Any] = {
             "alone_ms": await hellos(port, rounds),
             "beside_a_queue_ms": await beside_a_queue(port, rounds),
+            "beside_spinners_p99_ms": await beside_spinners(port, 5.0),
             "first_byte_ms": await first_byte(port, rounds),
             "cancel_ms": await cancelled(port, rounds),
             "echo_p99_ms": {f"{mib} MiB": await beside_a_flood(port, 5.0, mib << 20) for mib in (1, 8)},
         }
     print(f"a first byte arrives after {result['first_byte_ms']:.1f} ms (median)")
     print(f"a run is over {result['cancel_ms']:.1f} ms after cancelRun (median)")
+    spinners = result["beside_spinners_p99_ms"]
+    print(f"an echo beside programs that spin on all processors takes {spinners:.1f} ms (p99)")
     alone, beside = result["alone_ms"], result["beside_a_queue_ms"]
     print(
         f"a short run takes {alone:.1f} ms alone, and {beside:.1f} ms beside 1,000 queued runs of another client",
@@ -135,6 +162,7 @@ async def main(rounds: int, file: Path | None) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.stream", description=__doc__)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--engine", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    asyncio.run(main(options.rounds, options.json))
+    asyncio.run(main(options.rounds, options.engine, options.json))
