@@ -1,0 +1,103 @@
+"""A Dask cluster as it is in production: `dask scheduler` and `dask worker`, processes of their own, on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+from tests.units import SECOND
+
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0", "PYTHONUNBUFFERED": "1"}
+
+
+class DaskProcess:
+    """One process of it. `place` is the address that it has told."""
+
+    def __init__(self, *words: str) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="runboard-test-")
+        self._log = Path(self._folder.name) / "log"
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "dask", *words], stdout=log, stderr=log, cwd=ROOT,
+                env={**os.environ, **ENVIRONMENT, "DASK_TEMPORARY_DIRECTORY": self._folder.name},
+            )  # fmt: skip
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def told(self, pattern: str, seconds: float = 60) -> str:
+        """Waits until it has told what matches; gives the match's first group."""
+        end = time.monotonic() + seconds * SECOND
+        while (found := re.search(pattern, self.log)) is None:
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < end, self.log
+            time.sleep(0.02)
+        return found[1]
+
+    def kill(self) -> None:
+        """At once, with all below it that its own kernel-side end does not take along."""
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self) -> None:
+        """As an operator does, and waits until all below it is gone too."""
+        below = []
+        with contextlib.suppress(psutil.Error):
+            below = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(30 * SECOND)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        _, left = psutil.wait_procs(below, 10 * SECOND)
+        self._folder.cleanup()
+        assert not left, left
+
+
+class Cluster:
+    """A scheduler and workers, each with so many slots."""
+
+    def __init__(self, workers: int = 0, slots: int = 2, *options: str, port: int = 0, protocol: str = "tcp") -> None:
+        self._slots = slots
+        self._options = options
+        self.scheduler = DaskProcess(
+            "scheduler", "--host", "127.0.0.1", "--protocol", protocol, "--port", str(port), "--no-dashboard",
+            "--no-show", *options,
+        )  # fmt: skip
+        self.address = self.scheduler.told(r"Scheduler at:\s+(\S+)")
+        self.workers: list[DaskProcess] = []
+        for _ in range(workers):
+            self.add_worker(ready=False)
+        for worker in self.workers:
+            worker.told(r"(Registered to)")
+
+    def add_worker(self, *, ready: bool = True, name: str | None = None) -> DaskProcess:
+        worker = DaskProcess(
+            "worker", self.address, "--host", "127.0.0.1", "--no-nanny", "--no-dashboard", "--nthreads",
+            str(self._slots), "--resources", f"sandbox={self._slots}", "--memory-limit", "0",
+            "--name", name or f"worker-{len(self.workers)}", "--preload", "sandbox.cluster_worker", *self._options,
+        )  # fmt: skip
+        self.workers.append(worker)
+        if ready:
+            worker.told(r"(Registered to)")
+        return worker
+
+    def pids(self) -> set[int]:
+        """The roots of all that it consists of."""
+        return {one.process.pid for one in (self.scheduler, *self.workers)}
+
+    def stop(self) -> None:
+        for one in (*self.workers, self.scheduler):
+            one.stop()
