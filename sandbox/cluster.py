@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 OPEN_SECONDS = 5.0
 """How long the server's start waits for a scheduler; later the server goes on without."""
+CANCEL_SECONDS = 1.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0
 """Seconds between two attempts to reach the scheduler: twice as many after each."""
 
@@ -109,8 +110,9 @@ class ClusterEngine:
         self._closing = True
         for chore in (self._keeping, self._starting):
             if chore is not None:
-                chore.cancel()
-                await asyncio.wait({chore})
+                while not chore.done():  # Dask's client may swallow a cancel
+                    chore.cancel()
+                    await asyncio.wait({chore}, timeout=CANCEL_SECONDS)
         self._link = None
         await self._parts.aclose()
 
@@ -120,7 +122,7 @@ class ClusterEngine:
         """Connects, and does so again whenever the connection is lost."""
         pause = FIRST_PAUSE
         dask_side = await _dask_side()
-        while True:
+        while not self._closing:
             try:
                 async with dask_side.linked(address, security, self._heard_of_capacity) as link:
                     log.info("the cluster at %s is there and holds %d runs at once", address, self._capacity)

@@ -61,11 +61,12 @@ class ServerEnd:
         if feed is not None:
             feed.attach(self._pass_on)
             self._pass_on()
+        listening = spawn(self._listen(), name="listen to a worker")
         try:
-            return await self._listen()
+            return await asyncio.shield(listening)  # to break a read off would spoil the connection
         except asyncio.CancelledError:
             self._say({"cancel": True})
-            await self._listen()  # whoever cancels may rely on the processes being gone
+            await asyncio.wait({listening})  # whoever cancels may rely on the processes being gone
             raise
         finally:
             backstop.cancel()
@@ -143,6 +144,7 @@ class WorkerEnd:
         self._wake = asyncio.Event()
         self._printed: list[tuple[Stream, bytes]] = []
         self._outcome: Outcome | None = None
+        self.cut = False
         feed = _CountedFeed(self._wake) if interactive else None
         self.channel = Channel(self._print, feed=feed) if live else Channel(feed=feed)
         self._listening = spawn(self._listen(), name="listen to a server")
@@ -161,6 +163,11 @@ class WorkerEnd:
         self._wake.set()
         await self._telling
         await self._listening
+
+    def cut_off(self) -> None:
+        """Ends the run because the worker goes, which is not what its server has asked for."""
+        self.cut = not self.channel.cancel.is_set()
+        self.channel.cancel.set()
 
     def _print(self, stream: Stream, chunk: bytes) -> None:
         self._printed.append((stream, chunk))

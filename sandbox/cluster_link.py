@@ -28,8 +28,8 @@ from sandbox.verdict import conclude
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 2
-"""A run whose worker was lost before it had started gets one more lease."""
+ATTEMPTS = 4
+"""So many leases a run may get, if their workers are lost one after the other before it has started."""
 CONNECT_SECONDS = 5.0
 FORGET_SECONDS = 1.0
 """How long a lease that is over may stay known, if no other is asked for. Dask's client sends once in 10 ms."""
@@ -154,7 +154,7 @@ class Link:
 
     def _heard_of_lease(self, event: tuple[float, dict[str, str]]) -> None:
         told = event[1]
-        grant = _Grant(told["lease"], told["address"], told["worker"])
+        grant = _Grant(told["lease"], told["address"], told["name"])
         request = self._requests.get(grant.lease_id)
         if request is None or request.granted.done():
             self._give_back(grant)

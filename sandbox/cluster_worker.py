@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 RESOURCE = "sandbox"
 LEASE_SECONDS = 10.0
 """How long a lease waits for its server, which may be gone."""
-DRAIN_SECONDS = 20.0
-"""How long the runs of a worker that is taken away may still last."""
+DRAIN_SECONDS = 8.0
+"""How long the runs of a worker that is taken away may still last; 10 s after a signal, Dask's nanny kills it."""
 
 
 class SandboxPlugin(WorkerPlugin):
@@ -66,7 +66,7 @@ class SandboxPlugin(WorkerPlugin):
             await asyncio.wait_for(self._idle.wait(), self._drain_s)
         except TimeoutError:
             for run in self._runs:
-                run.channel.cancel.set()
+                run.cut_off()
             await self._idle.wait()
         await self._engine.close()
         self._claim.close()
@@ -76,7 +76,7 @@ class SandboxPlugin(WorkerPlugin):
         over = self._leases[lease_id] = asyncio.Event()
         worker = self._worker
         try:
-            told = {"lease": lease_id, "address": worker.address, "worker": str(worker.name)}
+            told = {"lease": lease_id, "address": worker.address, "name": str(worker.name)}  # Dask overwrites `worker`
             worker.log_event(topic, told)
             taken = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._expire, lease_id)
             try:
@@ -118,10 +118,13 @@ class SandboxPlugin(WorkerPlugin):
 
     async def _outcome(self, job: Job, end: WorkerEnd) -> Outcome:
         try:
-            return await self._engine.run(job, end.channel)
+            outcome = await self._engine.run(job, end.channel)
         except Exception:
             log.exception("the %s engine failed", self._engine.name)
             return failed_outcome(job, f"the engine of the worker {self._worker.name} failed; its log has more")
+        if end.cut:
+            return failed_outcome(job, f"the worker {self._worker.name} was taken away before the program was over")
+        return outcome
 
     def _expire(self, lease_id: str) -> None:
         over = self._leases.pop(lease_id, None)

@@ -116,7 +116,7 @@ def nothing_left_behind() -> Iterator[None]:
     left = [child for child in children() if child.pid not in known]
     assert not left, f"processes left: {left}"
     assert leaves() <= groups
-    assert descriptors() <= before, os.listdir("/proc/self/fd")
+    assert descriptors() <= before, [os.path.realpath(f"/proc/self/fd/{n}") for n in range(40)]
 
 
 @pytest.fixture

@@ -69,8 +69,12 @@ class DaskProcess:
 class Cluster:
     """A scheduler and workers, each with so many slots."""
 
-    def __init__(self, workers: int = 0, slots: int = 2, *options: str, port: int = 0, protocol: str = "tcp") -> None:
+    def __init__(
+        self, workers: int = 0, slots: int = 2, *options: str, port: int = 0, protocol: str = "tcp", nanny: bool = False
+    ) -> None:
+        """Without a nanny, a signal ends a worker at once; with one, it lets its runs end."""
         self._slots = slots
+        self._nanny = "--nanny" if nanny else "--no-nanny"
         self._options = options
         self.scheduler = DaskProcess(
             "scheduler", "--host", "127.0.0.1", "--protocol", protocol, "--port", str(port), "--no-dashboard",
@@ -85,7 +89,7 @@ class Cluster:
 
     def add_worker(self, *, ready: bool = True, name: str | None = None) -> DaskProcess:
         worker = DaskProcess(
-            "worker", self.address, "--host", "127.0.0.1", "--no-nanny", "--no-dashboard", "--nthreads",
+            "worker", self.address, "--host", "127.0.0.1", self._nanny, "--no-dashboard", "--nthreads",
             str(self._slots), "--resources", f"sandbox={self._slots}", "--memory-limit", "0",
             "--name", name or f"worker-{len(self.workers)}", "--preload", "sandbox.cluster_worker", *self._options,
         )  # fmt: skip
