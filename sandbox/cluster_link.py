@@ -86,6 +86,13 @@ class Link:
         self._client.subscribe_topic("all", self._heard_of_worker)
         await self._count()
 
+    def end(self) -> None:
+        """Listens no more."""
+        if not self.lost.is_set():
+            self._forget()
+            for topic in (self._topic, "all"):
+                self._client.unsubscribe_topic(topic)
+
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` on the worker that the scheduler chooses. Raises EngineAway."""
         cancelled = spawn(channel.cancel.wait(), name="heed cancel")
@@ -256,6 +263,7 @@ async def linked(address: str, security: Security, resized: Callable[[int], None
         watch = spawn(_watch(watching, link.lost), name="watch the scheduler")
         parts.callback(watch.cancel)
         await link.begin()
+        parts.callback(link.end)
         yield link
 
 

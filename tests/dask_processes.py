@@ -24,6 +24,7 @@ class DaskProcess:
     """One process of it. `place` is the address that it has told."""
 
     def __init__(self, *words: str) -> None:
+        self._below: list[psutil.Process] = []
         self._folder = tempfile.TemporaryDirectory(prefix="runboard-test-")
         self._log = Path(self._folder.name) / "log"
         with self._log.open("wb") as log:
@@ -50,18 +51,22 @@ class DaskProcess:
         self.process.kill()
         self.process.wait()
 
-    def stop(self) -> None:
-        """As an operator does, and waits until all below it is gone too."""
-        below = []
+    def tell_to_stop(self) -> None:
+        """As an operator does."""
         with contextlib.suppress(psutil.Error):
-            below = psutil.Process(self.process.pid).children(recursive=True)
+            self._below = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
+
+    def stop(self) -> None:
+        """Waits until it and all below it are gone."""
+        if not self._below:
+            self.tell_to_stop()
         try:
             self.process.wait(30 * SECOND)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
-        _, left = psutil.wait_procs(below, 10 * SECOND)
+        _, left = psutil.wait_procs(self._below, 10 * SECOND)
         self._folder.cleanup()
         assert not left, left
 
@@ -103,5 +108,7 @@ class Cluster:
         return {one.process.pid for one in (self.scheduler, *self.workers)}
 
     def stop(self) -> None:
+        for one in self.workers:
+            one.tell_to_stop()
         for one in (*self.workers, self.scheduler):
             one.stop()
