@@ -24,8 +24,12 @@ BACKSTOP_SECONDS = 30.0
 Message = dict[str, Any]
 
 
-class LeaseRefused(Exception):
-    """The worker does not know the lease (any more): nothing has started."""
+class NotStarted(Exception):
+    """The worker cannot be reached, or does not know the lease (any more): the run may begin elsewhere."""
+
+
+class WorkerLost(Exception):
+    """The worker was lost after it was given the job: what became of the run is not known."""
 
 
 class ServerEnd:
@@ -45,11 +49,11 @@ class ServerEnd:
         """The run, from the job's way to the worker to its Outcome's way back.
 
         Raises:
-            LeaseRefused: the worker has not started it.
-            OSError: the worker was lost, and what became of the run is not known.
+            NotStarted: the worker has refused it.
+            WorkerLost: it may have started.
         """
         feed = self._channel.feed
-        await self._comm.write(
+        await self._begin(
             {"op": RUN, "id": self._id, "job": to_serialize(self._job), "live": self._channel.emit is not silent,
              "interactive": feed is not None},
         )  # fmt: skip
@@ -64,6 +68,8 @@ class ServerEnd:
         listening = spawn(self._listen(), name="listen to a worker")
         try:
             return await asyncio.shield(listening)  # to break a read off would spoil the connection
+        except OSError as failure:
+            raise WorkerLost from failure
         except asyncio.CancelledError:
             self._say({"cancel": True})
             await asyncio.wait({listening})  # whoever cancels may rely on the processes being gone
@@ -76,11 +82,18 @@ class ServerEnd:
             self._say({"over": True})
             await telling
 
+    async def _begin(self, message: Message) -> None:
+        """A message that may have got through, even if it was broken off, counts as got through."""
+        try:
+            await self._comm.write(message)
+        except OSError as failure:
+            raise WorkerLost from failure
+
     async def _listen(self) -> Outcome:
         while True:
             said = await self._comm.read()
             if "refused" in said:
-                raise LeaseRefused(said["refused"])
+                raise NotStarted(said["refused"])
             for stream, chunk in said.get("printed", ()):
                 self.printed[stream] += chunk
                 self._channel.emit(stream, chunk)
@@ -144,7 +157,7 @@ class WorkerEnd:
         self._wake = asyncio.Event()
         self._printed: list[tuple[Stream, bytes]] = []
         self._outcome: Outcome | None = None
-        self.cut = False
+        self.cut = self.deserted = False
         feed = _CountedFeed(self._wake) if interactive else None
         self.channel = Channel(self._print, feed=feed) if live else Channel(feed=feed)
         self._listening = spawn(self._listen(), name="listen to a server")
@@ -180,6 +193,7 @@ class WorkerEnd:
             try:
                 said = await self._comm.read()
             except CommClosedError:
+                self.deserted = True
                 self.channel.cancel.set()
                 return
             if "over" in said:

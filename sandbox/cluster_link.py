@@ -6,21 +6,21 @@ import asyncio
 import contextlib
 import logging
 import tempfile
-import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import dask
-from distributed import Client, Future, LocalCluster, Security
+from distributed import Client, LocalCluster, Security
 from distributed.comm.core import Comm, connect
 from distributed.core import ConnectionPool
 
 from background import spawn
-from sandbox.cluster_conversation import RUN, LeaseRefused, ServerEnd
-from sandbox.cluster_worker import RESOURCE, SandboxPlugin, lease
+from sandbox.cluster_conversation import RUN, NotStarted, ServerEnd, WorkerLost
+from sandbox.cluster_leases import Lease, LeaseLost, Leases
+from sandbox.cluster_worker import RESOURCE, SandboxPlugin
 from sandbox.engine import EngineAway, failed_outcome, never_started
 from sandbox.local import Local
 from sandbox.model import Channel, Facts, Job, Outcome
@@ -31,11 +31,7 @@ log = logging.getLogger(__name__)
 ATTEMPTS = 4
 """So many leases a run may get, if their workers are lost one after the other before it has started."""
 CONNECT_SECONDS = 5.0
-FORGET_SECONDS = 1.0
-"""How long a lease that is over may stay known, if no other is asked for. Dask's client sends once in 10 ms."""
 CLOSE_SECONDS = 2.0
-PRIORITY, BATCH_PRIORITY = 1, 0
-"""Leases for runs that somebody waits for go first."""
 EMBEDDED_DRAIN_SECONDS = 0.5
 """The runs of an embedded cluster are over before it is closed."""
 
@@ -49,24 +45,6 @@ dask.config.set(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Grant:
-    """The scheduler has chosen a worker."""
-
-    lease_id: str
-    address: str
-    worker: str
-
-
-@dataclass(slots=True)
-class _Request:
-    """A lease that was asked for. `granted` is its grant; `failed` ends when Dask gives it up, with the reason."""
-
-    granted: asyncio.Future[_Grant]
-    failed: asyncio.Task[str]
-    taken: bool = field(default=False)
-
-
 class Link:
     """Runs Jobs on the workers of one scheduler until it is closed. `lost` is set when the scheduler is gone."""
 
@@ -75,109 +53,78 @@ class Link:
         self._client = client
         self._pool = pool
         self._resized = resized
-        self._topic = f"runboard-{uuid.uuid4().hex}"
-        self._requests: dict[str, _Request] = {}
-        self._over: list[Future[Any]] = []
-        self._forgetting: asyncio.TimerHandle | None = None
+        self._leases = Leases(client, self._give_back)
 
     async def begin(self) -> None:
         """Listens to what the scheduler tells, and counts the workers."""
-        self._client.subscribe_topic(self._topic, self._heard_of_lease)
         self._client.subscribe_topic("all", self._heard_of_worker)
         await self._count()
 
     def end(self) -> None:
         """Listens no more."""
         if not self.lost.is_set():
-            self._forget()
-            for topic in (self._topic, "all"):
-                self._client.unsubscribe_topic(topic)
+            self._leases.close()
+            self._client.unsubscribe_topic("all")
 
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` on the worker that the scheduler chooses. Raises EngineAway."""
         cancelled = spawn(channel.cancel.wait(), name="heed cancel")
+        reason = ""
         try:
-            reason = ""
             for _ in range(ATTEMPTS):
-                async with self._request(job) as request:
-                    news: set[asyncio.Future[Any]] = {request.granted, request.failed, cancelled}
-                    await asyncio.wait(news, return_when=asyncio.FIRST_COMPLETED)
-                    if channel.cancel.is_set():
-                        return never_started(job)
-                    if not request.granted.done():
-                        reason = request.failed.result()
-                        if self.lost.is_set() or self._client.status != "running":
-                            raise EngineAway("the cluster's scheduler is gone")
-                        continue
-                    grant = request.granted.result()
-                    try:
-                        comm = await self._pool.connect(grant.address, timeout=CONNECT_SECONDS)
-                    except OSError as failure:
-                        reason = f"its worker {grant.worker} cannot be reached: {failure}"
-                        continue
-                    request.taken = True
-                    try:
-                        return await _converse(comm, grant, job, channel)
-                    except LeaseRefused as refusal:
-                        reason = f"its worker {grant.worker} gave it back: {refusal}"
-                    finally:
-                        self._pool.reuse(grant.address, comm)
+                try:
+                    lease = await self._leases.take(job.batch, cancelled)
+                except LeaseLost as loss:
+                    if self.lost.is_set() or self._client.status != "running":
+                        raise EngineAway("the cluster's scheduler is gone") from loss
+                    reason = str(loss)
+                    continue
+                if lease is None:
+                    return never_started(job)
+                try:
+                    return await self._run_at(lease, job, channel)
+                except NotStarted as failure:
+                    reason = str(failure)
             return failed_outcome(job, f"the run was not started: {reason}")
         finally:
             cancelled.cancel()
 
-    @asynccontextmanager
-    async def _request(self, job: Job) -> AsyncIterator[_Request]:
-        """Asks for a lease; what is not taken is given back, and Dask keeps nothing of it."""
-        lease_id = uuid.uuid4().hex
-        future = self._client.submit(
-            lease, lease_id, self._topic, key=f"runboard-{lease_id}", pure=False, retries=0,
-            resources={RESOURCE: 1}, priority=BATCH_PRIORITY if job.batch else PRIORITY,
-        )  # fmt: skip
-        request = _Request(asyncio.get_running_loop().create_future(), spawn(_failure(future), name="watch a lease"))
-        self._requests[lease_id] = request
-        self._forget()
+    async def _run_at(self, lease: Lease, job: Job, channel: Channel) -> Outcome:
+        """Runs `job` where the lease is. Raises NotStarted."""
+        lost = False
         try:
-            yield request
-        finally:
-            del self._requests[lease_id]
-            request.failed.cancel()
-            self._over.append(future)
-            if request.taken and self._forgetting is None:
-                self._forgetting = asyncio.get_running_loop().call_later(FORGET_SECONDS, self._forget)
-            elif not request.taken:
-                self._forget()
-            if request.granted.done() and not request.taken:
-                self._give_back(request.granted.result())
-
-    def _forget(self) -> None:
-        """Releases leases that are over: with the next request, because a message of its own would hold that up."""
-        if self._forgetting is not None:
-            self._forgetting.cancel()
-            self._forgetting = None
-        for future in self._over:
-            future.release()
-        self._over.clear()
-
-    def _heard_of_lease(self, event: tuple[float, dict[str, str]]) -> None:
-        told = event[1]
-        grant = _Grant(told["lease"], told["address"], told["name"])
-        request = self._requests.get(grant.lease_id)
-        if request is None or request.granted.done():
-            self._give_back(grant)
-        else:
-            request.granted.set_result(grant)
-
-    def _give_back(self, grant: _Grant) -> None:
-        spawn(self._decline(grant), name="give back a lease")
-
-    async def _decline(self, grant: _Grant) -> None:
-        with contextlib.suppress(OSError, RuntimeError):  # the worker is gone, or we are about to be
-            comm = await self._pool.connect(grant.address, timeout=CONNECT_SECONDS)
+            comm = await self._pool.connect(lease.address, timeout=CONNECT_SECONDS)
+            end = ServerEnd(comm, lease.id, job, channel)
             try:
-                await comm.write({"op": RUN, "id": grant.lease_id, "job": None})
+                outcome = await end.outcome()
             finally:
-                self._pool.reuse(grant.address, comm)
+                self._pool.reuse(lease.address, comm)
+        except OSError as failure:
+            lost = True
+            raise NotStarted(f"its worker {lease.worker} cannot be reached: {failure}") from failure
+        except NotStarted:
+            lost = True
+            raise
+        except WorkerLost:
+            lost = True
+            log.warning("the worker %s was lost in a run", lease.worker)
+            sentence = f"the worker {lease.worker} was lost while it ran the program, which is not run again"
+            facts = Facts(engine_failure=sentence)
+            outcome = conclude(job, facts, bytes(end.printed["stdout"]), bytes(end.printed["stderr"]))
+        finally:
+            self._leases.give_back(lease, lost=lost)
+        return replace(outcome, worker=lease.worker)
+
+    def _give_back(self, lease: Lease) -> None:
+        spawn(self._decline(lease), name="give back a lease")
+
+    async def _decline(self, lease: Lease) -> None:
+        with contextlib.suppress(OSError, RuntimeError):  # the worker is gone, or we are about to be
+            comm = await self._pool.connect(lease.address, timeout=CONNECT_SECONDS)
+            try:
+                await comm.write({"op": RUN, "id": lease.id, "job": None})
+            finally:
+                self._pool.reuse(lease.address, comm)
 
     def _heard_of_worker(self, event: tuple[float, dict[str, Any]]) -> None:
         if event[1].get("action") in ("add-worker", "remove-worker"):
@@ -190,31 +137,6 @@ class Link:
             identity = await scheduler.identity(n_workers=-1)
             workers = identity["workers"].values()
             self._resized(sum(int(worker["resources"].get(RESOURCE, 0)) for worker in workers))
-
-
-async def _failure(future: Any) -> str:
-    """Waits until Dask has ended a lease; gives the reason. A lease that was kept ends without one."""
-    try:
-        await future
-    except asyncio.CancelledError:
-        if not future.cancelled():
-            raise
-        return "the scheduler is gone"
-    except Exception as failure:
-        return f"{type(failure).__name__}: {failure}"
-    return "nobody came for its lease in time"
-
-
-async def _converse(comm: Comm, grant: _Grant, job: Job, channel: Channel) -> Outcome:
-    end = ServerEnd(comm, grant.lease_id, job, channel)
-    try:
-        outcome = await end.outcome()
-    except OSError:
-        log.warning("the worker %s was lost in a run", grant.worker)
-        lost = f"the worker {grant.worker} was lost while it ran the program, which is not run again"
-        facts = Facts(engine_failure=lost)
-        outcome = conclude(job, facts, bytes(end.printed["stdout"]), bytes(end.printed["stderr"]))
-    return replace(outcome, worker=grant.worker)
 
 
 def security(tls: tuple[Path | None, Path | None, Path | None]) -> Security:

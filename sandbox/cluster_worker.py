@@ -28,9 +28,17 @@ log = logging.getLogger(__name__)
 
 RESOURCE = "sandbox"
 LEASE_SECONDS = 10.0
-"""How long a lease waits for its server, which may be gone."""
+"""How long a lease without a run waits for its server, which may be gone."""
 DRAIN_SECONDS = 8.0
 """How long the runs of a worker that is taken away may still last; 10 s after a signal, Dask's nanny kills it."""
+
+
+class _Lease:
+    """A place that a server has: it may be busy with a run, and is over when the server says so."""
+
+    def __init__(self) -> None:
+        self.busy = False
+        self.over = asyncio.Event()
 
 
 class SandboxPlugin(WorkerPlugin):
@@ -47,7 +55,7 @@ class SandboxPlugin(WorkerPlugin):
     async def setup(self, worker: Worker) -> None:
         """Makes the worker ready. Raises EngineUnavailable, and then the worker does not start."""
         self._worker = worker
-        self._leases: dict[str, asyncio.Event] = {}
+        self._leases: dict[str, _Lease] = {}
         self._runs: set[WorkerEnd] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -59,8 +67,8 @@ class SandboxPlugin(WorkerPlugin):
 
     async def teardown(self, worker: Worker) -> None:
         """Lets the runs under way end, if they do so soon."""
-        for over in self._leases.values():
-            over.set()
+        for lease in self._leases.values():
+            lease.over.set()
         self._leases.clear()
         try:
             await asyncio.wait_for(self._idle.wait(), self._drain_s)
@@ -72,17 +80,19 @@ class SandboxPlugin(WorkerPlugin):
         self._claim.close()
 
     async def lend(self, lease_id: str, topic: str) -> None:
-        """Holds a lease: tells its server of it, and returns when the run is over, or nobody comes for it."""
-        over = self._leases[lease_id] = asyncio.Event()
+        """Holds a lease: tells its server of it, and returns when that gives it back, or does not come for it."""
+        lease = self._leases[lease_id] = _Lease()
         worker = self._worker
+        told = {"lease": lease_id, "address": worker.address, "name": str(worker.name)}  # Dask overwrites `worker`
+        worker.log_event(topic, told)
         try:
-            told = {"lease": lease_id, "address": worker.address, "name": str(worker.name)}  # Dask overwrites `worker`
-            worker.log_event(topic, told)
-            taken = asyncio.get_running_loop().call_later(LEASE_SECONDS, self._expire, lease_id)
-            try:
-                await over.wait()
-            finally:
-                taken.cancel()
+            while not lease.over.is_set():
+                try:
+                    await asyncio.wait_for(lease.over.wait(), LEASE_SECONDS)
+                except TimeoutError:
+                    if not lease.busy:
+                        log.warning("nobody came for a lease within %g s", LEASE_SECONDS)
+                        return
         finally:
             self._leases.pop(lease_id, None)
 
@@ -90,18 +100,19 @@ class SandboxPlugin(WorkerPlugin):
         self, comm: Comm, id: str, job: Job | None, live: bool = False, interactive: bool = False
     ) -> Status:
         """One run of a server that has the lease of that id; without a job it gives the lease back."""
-        over = self._leases.pop(id, None)
+        lease = self._leases.get(id)
         if job is None:
-            if over is not None:
-                over.set()
-        elif over is None:
+            if lease is not None:
+                lease.over.set()
+        elif lease is None or lease.busy:
             await comm.write({"refused": f"{self._worker.name} has no such lease"})
             await WorkerEnd.until_over(comm)
         else:
-            await self._run(comm, job, over, live, interactive)
+            lease.busy = True
+            await self._run(comm, job, lease, live, interactive)
         return Status.dont_reply
 
-    async def _run(self, comm: Comm, job: Job, over: asyncio.Event, live: bool, interactive: bool) -> None:
+    async def _run(self, comm: Comm, job: Job, lease: _Lease, live: bool, interactive: bool) -> None:
         end = WorkerEnd(comm, live, interactive)
         self._runs.add(end)
         self._idle.clear()
@@ -109,9 +120,11 @@ class SandboxPlugin(WorkerPlugin):
             try:
                 outcome = await self._outcome(job, end)
             finally:
-                over.set()
+                lease.busy = False
             await end.end(outcome)
         finally:
+            if end.deserted:
+                lease.over.set()
             self._runs.discard(end)
             if not self._runs:
                 self._idle.set()
@@ -125,12 +138,6 @@ class SandboxPlugin(WorkerPlugin):
         if end.cut:
             return failed_outcome(job, f"the worker {self._worker.name} was taken away before the program was over")
         return outcome
-
-    def _expire(self, lease_id: str) -> None:
-        over = self._leases.pop(lease_id, None)
-        if over is not None:  # else it was taken
-            log.warning("nobody came for a lease within %g s", LEASE_SECONDS)
-            over.set()
 
     async def _open(self, number: int) -> Engine:
         try:

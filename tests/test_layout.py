@@ -21,6 +21,7 @@ MAY_IMPORT = {
 }
 OUTSIDE = {
     "protocol/schema.py": {"jsonschema", "referencing"},
+    "sandbox/cluster_leases.py": {"distributed"},
     "sandbox/cluster_link.py": {"dask", "distributed"},
     "sandbox/cluster_worker.py": {"dask", "distributed"},
     "sandbox/cluster_conversation.py": {"distributed"},
