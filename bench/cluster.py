@@ -29,6 +29,9 @@ MODES = ("standalone", "cluster")
 CLIENTS = 4
 SLOTS = 2
 WARM_UP = 10
+ROUNDS = 3
+PAUSE_S = 0.2
+"""After such a pause, a run in the cluster needs a new lease."""
 KILL_RUNS = 200
 WANTED_MS = 15.0
 """What the cluster may add to a run at the median."""
@@ -39,23 +42,20 @@ async def main(runs: int, tasks: int) -> None:
     print(
         f"{os.cpu_count()} processors, Linux {platform.release()}, {time.strftime('%Y-%m-%d')}; {SLOTS} runs a worker"
     )
-    async with server("--cluster-workers=2", f"--cluster-runs-per-worker={SLOTS}", "--tasks-at-once=8") as port:
+    slots = f"--cluster-runs-per-worker={SLOTS}"
+    async with server("--cluster-workers=2", slots) as port:
         process = _server_process()
         async with to(port) as connection:
             await _run(connection, "standalone")
             await _cost(connection, process)
-            await _latency(connection, runs)
-            standalone, two = [await _rate(port, mode, runs) for mode in MODES]
+            await _latency(connection, runs, 0.0)
+            await _latency(connection, runs // 2, PAUSE_S)
             await _spread(connection, tasks)
+            async with server("--cluster-workers=1", slots) as other, to(other) as warm:
+                await _run(warm, "cluster")
+                ways = {"standalone": (port, "standalone"), "1 worker": (other, "cluster")}
+                await _rates(runs, {**ways, "2 workers": (port, "cluster")})
             await _kill(connection, process)
-    async with server("--cluster-workers=1", f"--cluster-runs-per-worker={SLOTS}") as port:
-        async with to(port) as connection:
-            await _run(connection, "cluster")
-        one = await _rate(port, "cluster", runs)
-    print(
-        f"runs/s with {CLIENTS} clients: standalone {standalone:.0f}, 1 worker {one:.0f}, 2 workers {two:.0f};"
-        f" all share the {os.cpu_count()} processors"
-    )
 
 
 async def _run(connection: ClientConnection, mode: str) -> dict[str, Any]:
@@ -79,10 +79,11 @@ async def _cost(connection: ClientConnection, process: psutil.Process) -> None:
     )
 
 
-async def _latency(connection: ClientConnection, runs: int) -> None:
+async def _latency(connection: ClientConnection, runs: int, pause_s: float) -> None:
     times: dict[str, list[float]] = {mode: [] for mode in MODES}
     for number in range(-WARM_UP, runs):
         for mode in MODES:
+            await asyncio.sleep(pause_s)
             begin = time.perf_counter()
             await _run(connection, mode)
             if number >= 0:
@@ -93,13 +94,18 @@ async def _latency(connection: ClientConnection, runs: int) -> None:
         for mode in MODES
     )
     added = medians["cluster"] - medians["standalone"]
-    print(
-        f"one run after the other, in turn: {shown}; the cluster adds {added:.1f} ms p50 (at most {WANTED_MS:g} wanted)"
-    )
+    how = f"one run after the other, with pauses of {pause_s * 1000:.0f} ms" if pause_s else "one run after the other"
+    print(f"{how}: {shown}; the cluster adds {added:.1f} ms p50 (at most {WANTED_MS:g} wanted)", flush=True)
 
 
-async def _rate(port: int, mode: str, runs: int) -> float:
-    return await rate_of_server(port, {**HELLO, "mode": mode}, "hello\n", CLIENTS, 2 * runs)
+async def _rates(runs: int, ways: dict[str, tuple[int, str]]) -> None:
+    """In rounds, so that all share whatever else the machine does."""
+    rates: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(ROUNDS):
+        for way, (port, mode) in ways.items():
+            rates[way].append(await rate_of_server(port, {**HELLO, "mode": mode}, "hello\n", CLIENTS, runs))
+    shown = ", ".join(f"{way} {statistics.median(rates[way]):.0f}" for way in ways)
+    print(f"runs/s with {CLIENTS} clients: {shown}; all share the {os.cpu_count()} processors", flush=True)
 
 
 async def _spread(connection: ClientConnection, tasks: int) -> None:
@@ -113,6 +119,8 @@ async def _spread(connection: ClientConnection, tasks: int) -> None:
         if update["status"] != "running":
             ended[update["status"]] += 1
             workers[update["result"].get("worker", "none")] += 1
+            if update["status"] == "failed":
+                print(f"failed: {update['result']['error']}")
     seconds = time.perf_counter() - begin
     print(f"{tasks} tasks in {seconds:.1f} s: {dict(ended)}; by worker: {dict(sorted(workers.items()))}")
 

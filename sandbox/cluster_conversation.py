@@ -67,9 +67,10 @@ class ServerEnd:
             self._pass_on()
         listening = spawn(self._listen(), name="listen to a worker")
         try:
-            return await asyncio.shield(listening)  # to break a read off would spoil the connection
-        except OSError as failure:
-            raise WorkerLost from failure
+            ended = await asyncio.shield(listening)  # to break a read off would spoil the connection
+            if isinstance(ended, Exception):
+                raise ended
+            return ended
         except asyncio.CancelledError:
             self._say({"cancel": True})
             await asyncio.wait({listening})  # whoever cancels may rely on the processes being gone
@@ -89,11 +90,14 @@ class ServerEnd:
         except OSError as failure:
             raise WorkerLost from failure
 
-    async def _listen(self) -> Outcome:
+    async def _listen(self) -> Outcome | NotStarted | WorkerLost:
         while True:
-            said = await self._comm.read()
+            try:
+                said = await self._comm.read()
+            except OSError as failure:
+                return WorkerLost(str(failure))
             if "refused" in said:
-                raise NotStarted(said["refused"])
+                return NotStarted(said["refused"])
             for stream, chunk in said.get("printed", ()):
                 self.printed[stream] += chunk
                 self._channel.emit(stream, chunk)
