@@ -83,7 +83,7 @@ class Cluster:
         self._options = options
         self.scheduler = DaskProcess(
             "scheduler", "--host", "127.0.0.1", "--protocol", protocol, "--port", str(port), "--no-dashboard",
-            "--no-show", *options,
+            *options,
         )  # fmt: skip
         self.address = self.scheduler.told(r"Scheduler at:\s+(\S+)")
         self.workers: list[DaskProcess] = []
