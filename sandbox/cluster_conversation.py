@@ -160,7 +160,8 @@ class WorkerEnd:
         self._comm = comm
         self._wake = asyncio.Event()
         self._printed: list[tuple[Stream, bytes]] = []
-        self._outcome: Outcome | None = None
+        self._writing = asyncio.Lock()
+        self._ended = False
         self.cut = self.deserted = False
         feed = _CountedFeed(self._wake) if interactive else None
         self.channel = Channel(self._print, feed=feed) if live else Channel(feed=feed)
@@ -175,10 +176,12 @@ class WorkerEnd:
                 pass
 
     async def end(self, outcome: Outcome) -> None:
-        """Sends the Outcome after all else; the connection is free when the server has heard it, or it is gone."""
-        self._outcome = outcome
-        self._wake.set()
-        await self._telling
+        """Sends the Outcome after all else; the connection is free when the server has heard it, or it is gone.
+
+        At once, before the loop turns to what the engine has left to do.
+        """
+        await self._send(outcome)
+        self._telling.cancel()
         await self._listening
 
     def cut_off(self) -> None:
@@ -212,8 +215,13 @@ class WorkerEnd:
     async def _tell(self) -> None:
         while True:
             await self._wake.wait()
+            await self._send(None)
+
+    async def _send(self, outcome: Outcome | None) -> None:
+        """Sends what there is to send; one message after the other."""
+        async with self._writing:
             self._wake.clear()
-            outcome, (printed, self._printed) = self._outcome, (self._printed, [])
+            printed, self._printed = self._printed, []
             message: Message = {}
             if printed:
                 message["printed"] = printed
@@ -222,10 +230,8 @@ class WorkerEnd:
             if outcome is not None:
                 message["outcome"] = to_serialize(outcome)
             try:
-                if message:
+                if message and not self._ended:
+                    self._ended = outcome is not None
                     await self._comm.write(message)
             except CommClosedError:
                 self.channel.cancel.set()
-                return
-            if outcome is not None:
-                return
