@@ -207,7 +207,7 @@ async def embedded(workers: int, slots: int, local: Local, engine: str) -> Async
 
     It listens on loopback alone, and the keys are in memory only: other users of the machine cannot talk to it.
     """
-    security = Security.temporary()
+    security = await asyncio.to_thread(Security.temporary)
     with tempfile.TemporaryDirectory(prefix="runboard-cluster-", ignore_cleanup_errors=True) as folder:
         cluster = LocalCluster(
             n_workers=workers, threads_per_worker=slots, resources={RESOURCE: slots}, memory_limit=0,

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,11 @@ from tests.units import SECOND
 
 ROOT = Path(__file__).parent.parent
 ENVIRONMENT = {"DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES": "0", "PYTHONUNBUFFERED": "1"}
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        return int(holder.getsockname()[1])
 
 
 class DaskProcess:
@@ -81,11 +87,11 @@ class Cluster:
         self._slots = slots
         self._nanny = "--nanny" if nanny else "--no-nanny"
         self._options = options
+        port = port or free_port()
+        self.address = f"{protocol}://127.0.0.1:{port}"  # known at once, so that all start beside each other
         self.scheduler = DaskProcess(
-            "scheduler", "--host", "127.0.0.1", "--protocol", protocol, "--port", str(port), "--no-dashboard",
-            *options,
+            "scheduler", "--host", "127.0.0.1", "--protocol", protocol, "--port", str(port), "--no-dashboard", *options
         )  # fmt: skip
-        self.address = self.scheduler.told(r"Scheduler at:\s+(\S+)")
         self.workers: list[DaskProcess] = []
         for _ in range(workers):
             self.add_worker(ready=False)

@@ -7,6 +7,7 @@ import contextlib
 import multiprocessing.resource_tracker
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import distributed  # noqa: F401 -- its import leaves descriptors and threads, which are not a test's
@@ -18,6 +19,7 @@ from tests.conftest import GEN_TEST, SECOND, shared_cluster, until
 from tests.dask_processes import Cluster
 from tests.handlers.client import Client, connected, serving
 from tests.handlers.test_tasks import ends, task
+from tests.test_server import started
 
 pytestmark = GEN_TEST
 NOWHERE = "tcp://127.0.0.1:1"
@@ -131,6 +133,17 @@ async def test_a_server_that_stops_ends_its_runs_and_answers_them() -> None:
     assert not named("stopped-too")
     assert (await heard(client, "output"))["data"]["status"] == "cancelled"
     await client.leave()
+
+
+async def test_a_server_that_is_killed_leaves_no_run_on_a_worker(tmp_path: Path) -> None:
+    async with started(tmp_path, f"--scheduler={shared_cluster().address}") as (process, port):
+        client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws"))
+        await client.send("runCode", cluster_run(marked("orphaned"), stream=True))
+        await heard(client, "outputChunk")
+        assert named("orphaned")
+        process.kill()
+        await until(lambda: not named("orphaned"))
+        client.connection.close()
 
 
 async def test_a_worker_killed_among_many_runs_costs_each_client_one_output_and_no_more() -> None:
