@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from background import spawn
-from sandbox.engine import EngineAway, EngineUnavailable
+from sandbox.engine import EngineAway, EngineUnavailable, never_started
 from sandbox.local import Local
 from sandbox.model import Channel, Job, Outcome
 
@@ -100,7 +100,9 @@ class ClusterEngine:
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` on a worker. Raises EngineAway: the cluster is not there, and nothing has started."""
         if self._place.scheduler is None and self._link is None:
-            await self._start_embedded()
+            await self._start_embedded(channel)
+            if channel.cancel.is_set():
+                return never_started(job)
         if self._link is None:
             raise EngineAway(self.away() or "the cluster is closed")
         return await self._link.run(job, channel)
@@ -122,18 +124,19 @@ class ClusterEngine:
         """Connects, and does so again whenever the connection is lost."""
         pause = FIRST_PAUSE
         dask_side = await _dask_side()
-        while not self._closing:
-            try:
-                async with dask_side.linked(address, security, self._heard_of_capacity) as link:
-                    log.info("the cluster at %s is there and holds %d runs at once", address, self._capacity)
-                    self._link, pause = link, FIRST_PAUSE
-                    self._linked.set()
-                    await link.lost.wait()
-                    self._lose(address)
-            except (OSError, TimeoutError) as failure:
-                log.warning("the cluster's scheduler at %s does not answer: %s", address, failure)
-            await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 -- so that not all come back at once
-            pause = min(2 * pause, LONGEST_PAUSE)
+        async with dask_side.pooled(security) as pool:
+            while not self._closing:
+                try:
+                    async with dask_side.linked(address, security, pool, self._heard_of_capacity) as link:
+                        log.info("the cluster at %s is there and holds %d runs at once", address, self._capacity)
+                        self._link, pause = link, FIRST_PAUSE
+                        self._linked.set()
+                        await link.lost.wait()
+                        self._lose(address)
+                except (OSError, TimeoutError) as failure:
+                    log.warning("the cluster's scheduler at %s does not answer: %s", address, failure)
+                await asyncio.sleep(pause * random.uniform(0.75, 1.25))  # noqa: S311 -- not all at the same moment
+                pause = min(2 * pause, LONGEST_PAUSE)
 
     def _lose(self, address: str) -> None:
         log.warning("the cluster's scheduler at %s is gone", address)
@@ -147,15 +150,20 @@ class ClusterEngine:
 
     # Embedded workers
 
-    async def _start_embedded(self) -> None:
-        """Starts them, once; who comes meanwhile waits for the same start."""
+    async def _start_embedded(self, channel: Channel) -> None:
+        """Starts them, once; who comes meanwhile waits for the same start, unless it is cancelled."""
         if self._closing:
             raise EngineAway("the server is about to stop")
         if self._starting is None or (self._starting.done() and self._link is None):
             self._starting = spawn(self._embed(), name="start the embedded cluster")
+        cancelled = spawn(channel.cancel.wait(), name="heed cancel")
         try:
-            await asyncio.shield(self._starting)
-        except Exception as failure:
+            await asyncio.wait({self._starting, cancelled}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            cancelled.cancel()
+        if self._starting.cancelled():
+            raise EngineAway("the server is about to stop")
+        if self._starting.done() and (failure := self._starting.exception()) is not None:
             raise EngineAway(f"the embedded cluster did not start: {failure}") from failure
 
     async def _embed(self) -> None:
@@ -167,7 +175,8 @@ class ClusterEngine:
             address, security = await parts.enter_async_context(
                 dask_side.embedded(place.workers, place.slots, place.local, place.engine)
             )
-            link = await parts.enter_async_context(dask_side.linked(address, security, self._heard_of_capacity))
+            pool = await parts.enter_async_context(dask_side.pooled(security))
+            link = await parts.enter_async_context(dask_side.linked(address, security, pool, self._heard_of_capacity))
             self._parts = parts.pop_all()
         self._link = link
         log.info("the embedded cluster is ready after %.1f s, at %s", clock() - begin, address)

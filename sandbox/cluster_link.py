@@ -167,12 +167,22 @@ def check_address(address: str, keys: Security) -> None:
 
 
 @asynccontextmanager
-async def linked(address: str, security: Security, resized: Callable[[int], None]) -> AsyncIterator[Link]:
+async def pooled(security: Security) -> AsyncIterator[ConnectionPool]:
+    """Connections to workers. They outlive a link, because runs go on for a while when the scheduler is gone."""
+    pool = ConnectionPool(connection_args=security.get_connection_args("client"))
+    await pool.start()
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+@asynccontextmanager
+async def linked(
+    address: str, security: Security, pool: ConnectionPool, resized: Callable[[int], None]
+) -> AsyncIterator[Link]:
     """A link to the scheduler at `address`, for as long as the block lasts. Raises OSError."""
     async with AsyncExitStack() as parts:
-        pool = ConnectionPool(connection_args=security.get_connection_args("client"))
-        await pool.start()
-        parts.push_async_callback(pool.close)
         client = Client(
             address, security=security, asynchronous=True, set_as_default=False, timeout=CONNECT_SECONDS,
             direct_to_workers=False,

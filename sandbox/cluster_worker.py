@@ -51,6 +51,7 @@ class SandboxPlugin(WorkerPlugin):
         self._local = local
         self._engines = engines
         self._drain_s = drain_s
+        self._engine: Engine | None = None
 
     async def setup(self, worker: Worker) -> None:
         """Makes the worker ready. Raises EngineUnavailable, and then the worker does not start."""
@@ -60,13 +61,15 @@ class SandboxPlugin(WorkerPlugin):
         self._idle = asyncio.Event()
         self._idle.set()
         number, self._claim = claim_number()
-        self._engine = await self._open(number)
-        for warning in self._engine.warnings():
+        self._engine = engine = await self._open(number)
+        for warning in engine.warnings():
             log.warning("not enforced here: %s", warning)
         worker.handlers[RUN] = self.serve
 
     async def teardown(self, worker: Worker) -> None:
         """Lets the runs under way end, if they do so soon."""
+        if self._engine is None:
+            return
         for lease in self._leases.values():
             lease.over.set()
         self._leases.clear()
@@ -130,6 +133,7 @@ class SandboxPlugin(WorkerPlugin):
                 self._idle.set()
 
     async def _outcome(self, job: Job, end: WorkerEnd) -> Outcome:
+        assert self._engine is not None
         try:
             outcome = await self._engine.run(job, end.channel)
         except Exception:

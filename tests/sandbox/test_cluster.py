@@ -253,6 +253,7 @@ def test_without_its_scheduler_a_cluster_refuses_until_it_is_back(cluster: Clust
             with pytest.raises(EngineAway, match="does not answer"):
                 await engine.run(Job("python", "print(1)"), Channel())
             assert time.monotonic() - begin < 0.1 * SECOND
+            await asyncio.sleep(2.5 * SECOND)  # until Dask's client is closed, which must not touch the run
             talk.channel.feed.push(b"on\n")
             assert (await under_way).stdout == "up\non\n"
 
