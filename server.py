@@ -122,7 +122,7 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
         )
         listener, port = _listen(application, settings)
         parts.callback(listener.stop)
-        for warning in engine.warnings():
+        for warning in (*engine.warnings(), *cluster.warnings()):
             log.warning("not enforced here: %s", warning)
         yield Running(settings.address, port, engine.name)
 

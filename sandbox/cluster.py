@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import ipaddress
 import logging
 import random
 from collections.abc import Callable
@@ -94,8 +95,16 @@ class ClusterEngine:
                 await asyncio.wait_for(self._linked.wait(), OPEN_SECONDS)
 
     def warnings(self) -> list[str]:
-        """What is not enforced is told by each worker, in its own log."""
-        return []
+        """What is wrong with the way to the cluster. What a worker cannot enforce stands in its own log."""
+        if self._place.scheduler is None or not self._place.scheduler.startswith("tcp://"):
+            return []
+        host = self._place.scheduler.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+        with contextlib.suppress(ValueError):
+            if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+                return []
+        return [
+            f"the cluster at {self._place.scheduler} has no TLS: whoever reaches it can run anything on its machines"
+        ]
 
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` on a worker. Raises EngineAway: the cluster is not there, and nothing has started."""

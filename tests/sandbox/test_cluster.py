@@ -402,6 +402,21 @@ def test_an_embedded_cluster_starts_with_the_first_run_on_loopback_alone_and_lea
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "warned"),
+    [(None, False), ("tls://dask:8786", False), ("tcp://127.0.0.1:1", False), ("tcp://[::1]:1", False),
+     ("tcp://localhost:1", False), ("tcp://10.0.0.1:1", True), ("tcp://dask:8786", True)],
+)  # fmt: skip
+def test_a_cluster_beyond_this_machine_without_tls_is_warned_of(scheduler: str | None, warned: bool) -> None:
+    assert any("has no TLS" in said for said in ClusterEngine(Place(scheduler=scheduler)).warnings()) is warned
+
+
+@pytest.mark.parametrize("address", ["dask:8786", "http://dask:8786", "tls://dask:8786", "tcp://"])
+def test_an_address_that_cannot_be_is_told(address: str) -> None:
+    with pytest.raises(EngineUnavailable, match="--scheduler"):
+        asyncio.run(ClusterEngine(Place(scheduler=address)).open())
+
+
 def test_a_server_without_a_cluster_does_not_pay_for_dask() -> None:
     code = "import server, sys; sys.exit('distributed' in sys.modules)"
 
