@@ -127,9 +127,8 @@ async def test_a_run_ends_with_its_connection_on_a_worker_too() -> None:
 async def test_a_server_that_stops_ends_its_runs_and_answers_them() -> None:
     async with serving(scheduler=shared_cluster().address) as server:
         client = Client(await websocket_connect(f"ws://127.0.0.1:{server.port}/appws"))
-        await client.send("runCode", cluster_run(marked("stopped-too"), stream=True))
-        await heard(client, "outputChunk")
-        assert named("stopped-too")
+        await client.send("runCode", cluster_run(marked("stopped-too")))
+        await until(lambda: named("stopped-too"))
     assert not named("stopped-too")
     assert (await heard(client, "output"))["data"]["status"] == "cancelled"
     await client.leave()
