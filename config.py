@@ -68,6 +68,20 @@ class Settings:
         max(2, os.cpu_count() or 2), "Runs", "programs of one connection that run at once", least=1
     )
     max_queued_per_connection: int = _setting(1000, "Runs", "programs of one connection that may wait", least=0)
+    scheduler: str | None = _setting(
+        None,
+        "Cluster",
+        "the Dask scheduler for mode cluster, tls://host:8786 or tcp://…; without, workers are embedded",
+    )
+    cluster_workers: int = _setting(2, "Cluster", "embedded workers, started by the first run that asks for", least=1)
+    cluster_runs_per_worker: int = _setting(
+        max(1, (os.cpu_count() or 2) // 2), "Cluster", "programs that run at once on each embedded worker", least=1
+    )
+    cluster_tls_ca: Path | None = _setting(
+        None, "Cluster", "certificate of the authority that scheduler and workers trust"
+    )
+    cluster_tls_cert: Path | None = _setting(None, "Cluster", "this server's certificate for the cluster")
+    cluster_tls_key: Path | None = _setting(None, "Cluster", "the key of that certificate")
     wall_ms: int = _setting(10_000, "Limits", "wall time of a program, in milliseconds", least=1)
     cpu_ms: int = _setting(10_000, "Limits", "CPU time of a program, in milliseconds", least=1)
     memory_bytes: int = _setting(256 * MIB, "Limits", "memory of a program, in bytes", least=16 * MIB)
@@ -148,7 +162,7 @@ def _parser() -> argparse.ArgumentParser:
 def _metavar(kind: Any) -> str:
     if Path in (kind, *get_args(kind)):
         return "PATH"
-    return {int: "N", float: "N", str: "TEXT"}.get(kind, "LIST")
+    return {int: "N", float: "N", str: "TEXT", str | None: "TEXT"}.get(kind, "LIST")
 
 
 def shown(default: Any) -> str:
@@ -198,7 +212,7 @@ def _parsed(name: str, text: str, origin: str) -> Any:
         return _number(kind, text, origin, bounds)
     if Path in (kind, *get_args(kind)):
         return Path(text)
-    if kind is str:
+    if str in (kind, *get_args(kind)) and Ellipsis not in get_args(kind):
         return text
     return tuple(part.strip() for part in text.split(",") if part.strip())
 

@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -26,17 +26,18 @@ from handlers.http import HealthHandler, SchemaHandler, StartHandler
 from processes import CANNOT_SERVE, reserved, run_all
 from protocol.errors import CloseCode
 from protocol.schema import Schemas
+from sandbox.cluster import ClusterEngine, Place
 from sandbox.engine import Engine, EngineUnavailable
-from sandbox.forkserver import PRELOAD, ForkServerEngine
+from sandbox.forkserver import PRELOAD
+from sandbox.local import JAILING, Local
 from sandbox.model import Limits
-from sandbox.nsjail import NsjailEngine
-from sandbox.subproc import SubprocessEngine
 from services.actions.grade_code import grade_code_action
 from services.actions.run_code import run_code_action
 from services.actions.sleep import sleep_action
 from services.hub import Hub
 from services.jobs import Terms
 from services.leaderboard import Leaderboard
+from services.modes import CLUSTER, STANDALONE, Modes
 from services.runs import Bounds, Runs
 from services.store import Store, StoreUnavailable
 from services.store_redis import RedisStore
@@ -74,6 +75,13 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
         engine = await _open_engine(settings, number)
         parts.push_async_callback(engine.close)
         runs = Runs(engine, _bounds(settings))
+        cluster = await _open_cluster(settings, engine.name)
+        parts.push_async_callback(cluster.close)
+        cluster_runs = Runs(cluster, _cluster_bounds(settings, cluster.capacity), cluster.away)
+        cluster.follow(
+            lambda capacity: cluster_runs.resize(_cluster_bounds(settings, capacity)), cluster_runs.refuse_waiting
+        )
+        modes = Modes({STANDALONE: runs, CLUSTER: cluster_runs})
         terms = _terms(settings)
         transport = Transport(
             schemas, settings.outbox_bytes, settings.max_requests, settings.ping_s, settings.allowed_origins
@@ -81,7 +89,13 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
 
         def health() -> Mapping[str, object]:
             status = "stopping" if runs.closed else "ok"
-            return {"status": status, "engine": engine.name, "connections": len(transport.open_sockets), **runs.counts}
+            return {
+                "status": status,
+                "engine": engine.name,
+                "connections": len(transport.open_sockets),
+                **runs.counts,
+                "cluster": {"problem": cluster.away(), "capacity": cluster.capacity, **cluster_runs.counts},
+            }
 
         store = _store(settings)
         leaderboard = Leaderboard(store, hub := Hub(), settings.max_players)
@@ -91,10 +105,10 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
             raise CannotServe(str(failure)) from failure
         parts.push_async_callback(store.close)
         parts.push_async_callback(leaderboard.close)
-        tasks = Tasks(_task_actions(settings, schemas, runs, terms), store, settings.tasks_at_once)
+        tasks = Tasks(_task_actions(settings, schemas, modes, terms), store, settings.tasks_at_once)
         parts.push_async_callback(_say_farewell, transport)
-        parts.push_async_callback(runs.close, settings.drain_s)
-        services = AppServices(runs, terms, tasks, leaderboard, hub)
+        parts.push_async_callback(_close_all, [runs, cluster_runs], settings.drain_s)
+        services = AppServices(modes, terms, tasks, leaderboard, hub)
 
         is_local = is_loopback(settings.address) and not settings.dev
         for_developers = {"is_open": is_local or settings.dev, "is_local": is_local}
@@ -110,7 +124,7 @@ async def running(settings: Settings, number: int = 0) -> AsyncIterator[Running]
         )
         listener, port = _listen(application, settings)
         parts.callback(listener.stop)
-        for warning in engine.warnings():
+        for warning in (*engine.warnings(), *cluster.warnings()):
             log.warning("not enforced here: %s", warning)
         yield Running(settings.address, port, engine.name)
 
@@ -124,32 +138,18 @@ def is_loopback(address: str) -> bool:
 
 
 async def _open_engine(settings: Settings, number: int) -> Engine:
-    makers: dict[str, Callable[[], Engine]] = {
-        "forkserver": lambda: ForkServerEngine(
-            settings.python, settings.node, settings.warm, number, settings.preload or PRELOAD, _defaults(settings)
-        ),
-        "nsjail": lambda: NsjailEngine(settings.python, settings.node, settings.warm, number),
-        "subprocess": lambda: SubprocessEngine(settings.python, settings.node),
-    }
-    names = list(makers) if settings.engine == "auto" else [settings.engine]
-    reasons = []
-    for name in names:
-        if name == "subprocess" and not (is_loopback(settings.address) or settings.allow_unsafe):
-            reasons.append(
-                f"the subprocess engine does not contain programs, so it may serve {settings.address}, which other"
-                " machines reach, only with --allow-unsafe"
-            )
-            continue
-        engine = makers[name]()
-        try:
-            await engine.open()
-        except EngineUnavailable as missing:
-            reasons.append(f"the {name} engine cannot run here: {missing}")
-        else:
-            for reason in reasons:
-                log.warning("%s", reason)
-            return engine
-    raise CannotServe("; ".join(reasons))
+    names = [*JAILING, "subprocess"] if settings.engine == "auto" else [settings.engine]
+    unsafe = ""
+    if "subprocess" in names and not (is_loopback(settings.address) or settings.allow_unsafe):
+        names.remove("subprocess")
+        unsafe = (
+            f"the subprocess engine does not contain programs, so it may serve {settings.address}, which other"
+            " machines reach, only with --allow-unsafe"
+        )
+    try:
+        return await _local(settings).open_first(names, number)
+    except EngineUnavailable as missing:
+        raise CannotServe("; ".join(reason for reason in (str(missing), unsafe) if reason)) from missing
 
 
 def _store(settings: Settings) -> Store:
@@ -160,14 +160,14 @@ def _store(settings: Settings) -> Store:
     raise CannotServe(f"there is no store {settings.store!r}; --store is sqlite or an address redis://…")
 
 
-def _task_actions(settings: Settings, schemas: Schemas, runs: Runs, terms: Terms) -> dict[str, TaskAction]:
+def _task_actions(settings: Settings, schemas: Schemas, modes: Modes, terms: Terms) -> dict[str, TaskAction]:
     try:
         added = load_actions(settings.task_modules)
     except BadTaskModule as failure:
         raise CannotServe(str(failure)) from failure
     actions = [
-        run_code_action(schemas, runs, terms),
-        grade_code_action(schemas, runs, terms, settings.tasks_at_once),
+        run_code_action(schemas, modes, terms),
+        grade_code_action(schemas, modes, terms, settings.tasks_at_once),
         sleep_action(schemas),
         *added,
     ]
@@ -182,6 +182,36 @@ def _bounds(settings: Settings) -> Bounds:
         running_of_one=settings.max_runs_per_connection,
         queued_of_one=settings.max_queued_per_connection,
     )
+
+
+def _cluster_bounds(settings: Settings, capacity: int) -> Bounds:
+    """One connection may have the whole cluster, if nobody else wants it: then the others' turns come in between."""
+    return Bounds(capacity, settings.queue_size, capacity, settings.max_queued_per_connection)
+
+
+async def _open_cluster(settings: Settings, engine: str) -> ClusterEngine:
+    place = Place(
+        scheduler=settings.scheduler,
+        tls=(settings.cluster_tls_ca, settings.cluster_tls_cert, settings.cluster_tls_key),
+        workers=settings.cluster_workers,
+        slots=settings.cluster_runs_per_worker,
+        engine=engine,
+        local=dataclasses.replace(_local(settings), warm=min(settings.warm, settings.cluster_runs_per_worker)),
+    )
+    cluster = ClusterEngine(place)
+    try:
+        await cluster.open()
+    except EngineUnavailable as failure:
+        raise CannotServe(str(failure)) from failure
+    return cluster
+
+
+async def _close_all(queues: list[Runs], drain_s: float) -> None:
+    await asyncio.gather(*(queue.close(drain_s) for queue in queues))
+
+
+def _local(settings: Settings) -> Local:
+    return Local(settings.python, settings.node, settings.warm, settings.preload or PRELOAD, _defaults(settings))
 
 
 def _defaults(settings: Settings) -> Limits:

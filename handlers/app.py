@@ -16,8 +16,8 @@ from services.hub import Hub
 from services.jobs import Terms, job_of, output_of
 from services.leaderboard import Leaderboard
 from services.live import LiveOutput
+from services.modes import Modes
 from services.repeats import Repeats
-from services.runs import Runs
 from services.store import StoreUnavailable
 from services.tasks import Tasks, Update
 
@@ -34,7 +34,7 @@ DEFAULT_ROOM = "default"
 class AppServices:
     """What the product does, for both paths."""
 
-    runs: Runs
+    modes: Modes
     terms: Terms
     tasks: Tasks
     leaderboard: Leaderboard
@@ -50,7 +50,7 @@ class AppSocket(ProtocolSocket):
     def initialize(self, transport: Transport, services: AppServices) -> None:
         """Tornado's constructor."""
         self.connect(transport)
-        self._runs = services.runs
+        self._modes = services.modes
         self._terms = services.terms
         self._leaderboard = services.leaderboard
         self._hub = services.hub
@@ -93,7 +93,7 @@ class AppSocket(ProtocolSocket):
     def left(self) -> None:
         """Ends this connection's runs and tasks."""
         self._hub.leave(self._room, self)
-        self._runs.leave(self)
+        self._modes.leave(self)
         spawn(self._tasks.leave(), name="leave tasks")
 
     # Runs
@@ -111,9 +111,10 @@ class AppSocket(ProtocolSocket):
                 told = {"status": status} if position is None else {"status": status, "position": position}
                 self.tell(text_frame(encode(Message("runStatus", told, id=id))))
 
-        outcome, queue_ms = await self._runs.run(
-            job, self, id, emit=live.emit if live else None, interactive=data.get("interactive", False), tell=tell
-        )
+        outcome, queue_ms = await self._modes.run(
+            data["mode"], job, self, id,
+            emit=live.emit if live else None, interactive=data.get("interactive", False), tell=tell,
+        )  # fmt: skip
         if live:
             await live.finish(outcome)
         return Message("output", output_of(outcome, queue_ms, job, streamed=live is not None), id=message.id)
@@ -121,7 +122,7 @@ class AppSocket(ProtocolSocket):
     async def cancel_run(self, message: Message) -> Message | None:
         """Ends a run of this connection."""
         if not self._repeats.was_applied(message):
-            self._runs.cancel(self, message.data["run"])
+            self._modes.cancel(self, message.data["run"])
             self._repeats.applied(message)
         return ack(message)
 
@@ -129,7 +130,7 @@ class AppSocket(ProtocolSocket):
         """Feeds a run of this connection."""
         data = message.data
         if not self._repeats.was_applied(message):
-            self._runs.feed(self, data["run"], data.get("text", ""), end=data.get("end", False))
+            self._modes.feed(self, data["run"], data.get("text", ""), end=data.get("end", False))
             self._repeats.applied(message)
         return ack(message)
 

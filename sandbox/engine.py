@@ -12,6 +12,10 @@ class EngineUnavailable(Exception):
     """This machine cannot run the engine; the text says in a sentence what is missing."""
 
 
+class EngineAway(EngineUnavailable):
+    """The engine cannot run anything now, and may later; nothing has started."""
+
+
 class Engine(Protocol):
     """A way to run Jobs. Everything a program does is an Outcome; an exception is always a fault of ours.
 
@@ -25,7 +29,7 @@ class Engine(Protocol):
         """Makes ready. Raises EngineUnavailable."""
 
     async def run(self, job: Job, channel: Channel) -> Outcome:
-        """Runs `job` to its end; any number at once."""
+        """Runs `job` to its end; any number at once. Raises EngineAway."""
 
     def warnings(self) -> list[str]:
         """What this machine does not let the engine enforce, a sentence each."""

@@ -42,7 +42,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One program to run, with everything that it is given. `files`: path below its folder → text."""
+    """One program to run, with everything that it is given. `files`: path below its folder → text.
+
+    `batch` says that it is one of many that nobody waits for: where engines have a choice, others go first.
+    """
 
     language: Language
     code: str
@@ -51,6 +54,7 @@ class Job:
     files: Mapping[str, str] = field(default_factory=dict)
     return_files: bool = False
     limits: Limits = field(default_factory=Limits)
+    batch: bool = False
 
     @property
     def return_bytes(self) -> int:
@@ -95,13 +99,14 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """A run that is over. `error` is None exactly when `status` is OK."""
+    """A run that is over. `error` is None exactly when `status` is OK. `worker`: the cluster's one that ran it."""
 
     status: Status
     stdout: str
     stderr: str
     error: str | None
     facts: Facts
+    worker: str | None = None
 
 
 class Feed:
@@ -139,6 +144,10 @@ class Feed:
         del self._waiting[:count]
 
 
+def silent(stream: Stream, chunk: bytes) -> None:
+    """The `emit` of a run that nobody listens to."""
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
     """What flows between a run and its client while it lasts.
@@ -147,7 +156,7 @@ class Channel:
     which then still gives its Outcome. `feed` is standard input after the Job's own; without one it ends with that.
     """
 
-    emit: Callable[[Stream, bytes], None] = lambda stream, chunk: None
+    emit: Callable[[Stream, bytes], None] = silent
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
     feed: Feed | None = None
 

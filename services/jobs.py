@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from protocol.errors import ClusterUnavailable, InvalidMessage, PayloadTooLarge
+from protocol.errors import InvalidMessage, PayloadTooLarge
 from protocol.message import clip, has_surrogate, pointer
 from sandbox.model import Job, Limits, Outcome
 
@@ -52,7 +52,6 @@ def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:
     Raises:
         PayloadTooLarge: more code than 256 KiB.
         InvalidMessage: a limit above the server's maximum, or a file that would not be in the program's folder.
-        ClusterUnavailable: `mode: cluster`, and there is none.
     """
     where = at[1:].replace("/", ".")
     size = len(data["code"].encode("utf-8", "surrogatepass"))
@@ -63,8 +62,6 @@ def job_of(data: Mapping[str, Any], terms: Terms, at: str = "/data") -> Job:
         )  # fmt: skip
     files = data.get("files", {})
     _check_files(files, LANGUAGE_FILES[data["language"]], f"{at}/files")
-    if data["mode"] == "cluster":
-        raise ClusterUnavailable("this server has no cluster; use mode standalone", path=f"{at}/mode")
     return Job(
         language=data["language"],
         code=data["code"],
@@ -126,6 +123,7 @@ def output_of(outcome: Outcome, queue_ms: float, job: Job, *, streamed: bool = F
         "cpuTime": round(facts.usage.cpu_ms, 3),
         "truncated": [*facts.output_cut, *(["files"] if files_cut else [])],
         "queueTime": round(queue_ms, 3),
+        **({} if outcome.worker is None else {"worker": outcome.worker}),
         **({"files": files} if job.return_files else {}),
     }
 

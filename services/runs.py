@@ -10,8 +10,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-from protocol.errors import Conflict, NotFound, Overloaded, PayloadTooLarge, ShuttingDown
-from sandbox.engine import Engine, failed_outcome, never_started
+from protocol.errors import ClusterUnavailable, Conflict, NotFound, Overloaded, PayloadTooLarge, ShuttingDown
+from sandbox.engine import Engine, EngineAway, failed_outcome, never_started
 from sandbox.model import Channel, Feed, Job, Outcome, Stream
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,10 @@ class _Entry:
     channel: Channel
     turn: asyncio.Future[None]
     queued_at: float = field(default_factory=time.monotonic)
+
+
+def _unavailable(sentence: str) -> ClusterUnavailable:
+    return ClusterUnavailable(f"{sentence}; mode standalone is there", retryAfterMs=RETRY_AFTER_MS)
 
 
 def _channel(emit: Emit | None, interactive: bool) -> Channel:
@@ -54,9 +58,11 @@ class Runs:
     An `owner` stands for a connection: any hashable thing.
     """
 
-    def __init__(self, engine: Engine, bounds: Bounds) -> None:
+    def __init__(self, engine: Engine, bounds: Bounds, away: Callable[[], str | None] = lambda: None) -> None:
+        """`away` says in a sentence why the engine can take no run now, if it cannot."""
         self._engine = engine
         self._bounds = bounds
+        self._away = away
         self._running_of: Counter[Hashable] = Counter()
         self._queues: dict[Hashable, deque[_Entry]] = {}  # in the order in which owners have their next turn
         self._queued = 0
@@ -94,6 +100,7 @@ class Runs:
             Overloaded: the queue is full.
             Conflict: `owner` has a run of that name already.
             ShuttingDown: the server is about to stop.
+            ClusterUnavailable: the engine is a cluster that is not there; nothing has started.
         """
         entry = self._admit(job, owner, name, _channel(emit, interactive), bounded=not of_task)
         try:
@@ -105,6 +112,8 @@ class Runs:
             tell("running", None)
             try:
                 return await self._engine.run(job, entry.channel), queue_ms
+            except EngineAway as away:
+                raise _unavailable(str(away)) from away
             except Exception:
                 log.exception("the %s engine failed", self._engine.name)
                 return failed_outcome(job, "the engine failed; the server's log has more"), queue_ms
@@ -151,6 +160,21 @@ class Runs:
         if end:
             feed.end()
 
+    def has(self, owner: Hashable, name: str | int) -> bool:
+        """Whether `owner` has a run of that name, queued or under way."""
+        return (owner, name) in self._named
+
+    def resize(self, bounds: Bounds) -> None:
+        """From now on, so many; what is under way beyond that may end."""
+        self._bounds = bounds
+        self._give_turns()
+
+    def refuse_waiting(self, sentence: str) -> None:
+        """The engine is gone: whoever waits for a turn is told so, instead of waiting for nobody knows how long."""
+        for entry in [entry for queue in self._queues.values() for entry in queue]:
+            if not entry.turn.done():
+                entry.turn.set_exception(_unavailable(sentence))
+
     def leave(self, owner: Hashable) -> None:
         """Ends all runs of a connection that is gone."""
         for entry in list(self._entries.get(owner, ())):
@@ -173,6 +197,8 @@ class Runs:
     def _admit(self, job: Job, owner: Hashable, name: str | int | None, channel: Channel, *, bounded: bool) -> _Entry:
         if self._closed:
             raise ShuttingDown("the server is about to stop; connect again in a moment")
+        if (reason := self._away()) is not None:
+            raise _unavailable(reason)
         if bounded:
             self._check_room(owner)
         if name is not None and (owner, name) in self._named:

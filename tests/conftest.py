@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import gc
 import os
 import time
@@ -15,18 +17,19 @@ import pytest
 from tornado.ioloop import IOLoop
 
 from sandbox.cgroup_root import PREFIX
+from sandbox.cluster import ClusterEngine, Place
 from sandbox.engine import Engine
 from sandbox.forkserver import ForkServerEngine
 from sandbox.nsjail import NsjailEngine
 from sandbox.subproc import SubprocessEngine
-
-SECOND = float(os.environ.get("TEST_SECOND", "1"))
-"""Every wait of a test is a multiple of this; on a slow machine set TEST_SECOND=5."""
+from tests.dask_processes import Cluster
+from tests.units import SECOND as SECOND
 
 ENGINES: dict[str, Callable[[], Engine]] = {
     "forkserver": ForkServerEngine,
     "nsjail": NsjailEngine,
     "subprocess": SubprocessEngine,
+    "cluster": lambda: ClusterEngine(Place(scheduler=shared_cluster().address)),
 }
 JAILING = pytest.mark.parametrize("engine_name", ["forkserver", "nsjail"])
 """The engines that contain what they run."""
@@ -77,15 +80,46 @@ def opened_files() -> dict[str, str]:
     return {path.name: os.readlink(path) for path in Path("/proc/self/fd").iterdir() if os.path.lexists(path)}
 
 
+KEPT: set[int] = set()
+"""Processes that outlive a test on purpose, with all below them."""
+
+
+@functools.cache
+def shared_cluster() -> Cluster:
+    """A scheduler and two workers, started for the first test that wants them; they live as long as the session."""
+    cluster = Cluster(workers=2)
+    KEPT.update(cluster.pids())
+    return cluster
+
+
+@pytest.fixture(scope="session", autouse=True)
+def end_of_session() -> Iterator[None]:
+    """Stops what tests have shared."""
+    yield
+    if shared_cluster.cache_info().currsize:
+        shared_cluster().stop()
+
+
+def children() -> list[psutil.Process]:
+    """All processes below this one, but for those that are kept."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process().children():
+        if child.pid not in KEPT:
+            found += [child]
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found += child.children(recursive=True)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """After each test there is no process, descriptor or control group that was not there before."""
     gc.collect()
     before, files, groups = descriptors(), opened_files(), leaves()
-    children = {child.pid for child in psutil.Process().children(recursive=True)}
+    known = {child.pid for child in children()}
     yield
     gc.collect()
-    left = [child for child in psutil.Process().children(recursive=True) if child.pid not in children]
+    left = [child for child in children() if child.pid not in known]
     assert not left, f"processes left: {left}"
     assert leaves() <= groups
     left_open = {fd: what for fd, what in opened_files().items() if fd not in files}

@@ -21,6 +21,10 @@ MAY_IMPORT = {
 }
 OUTSIDE = {
     "protocol/schema.py": {"jsonschema", "referencing"},
+    "sandbox/cluster_leases.py": {"distributed"},
+    "sandbox/cluster_link.py": {"dask", "distributed"},
+    "sandbox/cluster_worker.py": {"dask", "distributed"},
+    "sandbox/cluster_conversation.py": {"distributed"},
     "sandbox/sampled.py": {"psutil"},
     "sandbox/seccomp.py": {"pyseccomp"},
     "services/redis_calls.py": {"redis"},

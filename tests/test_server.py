@@ -38,10 +38,10 @@ def refusal(*options: str) -> str:
 
 
 @asynccontextmanager
-async def started(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
+async def started(folder: Path, *options: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, int]]:
     """A server process and its port."""
     process = await asyncio.create_subprocess_exec(
-        *COMMAND, "--port=0", f"--data-dir={folder}", stderr=asyncio.subprocess.PIPE, cwd=ROOT
+        *COMMAND, "--port=0", f"--data-dir={folder}", *options, stderr=asyncio.subprocess.PIPE, cwd=ROOT
     )
     assert process.stderr is not None
     try:

@@ -39,6 +39,8 @@ def updated(text: str, name: str, table: str) -> str:
 
 def _default(field: dataclasses.Field[object]) -> str:
     # A document must not depend on the machine that made it.
+    if field.name == "cluster_runs_per_worker":
+        return "half the processors"
     return "processors" if field.name in ("max_runs", "max_runs_per_connection", "warm") else shown(field.default)
 
 

@@ -12,40 +12,41 @@ from sandbox.model import Job, Outcome, Status
 from services.actions.compare import COMPARISONS, difference
 from services.actions.run_code import code_of
 from services.jobs import Terms, job_of
-from services.runs import Runs
+from services.modes import STANDALONE, Modes
 from services.task_action import Failed, Params, Report, TaskAction
 
 DEFAULT_COMPARISON = "trim"
 Test = dict[str, Any]
 
 
-def grade_code_action(schemas: Schemas, runs: Runs, terms: Terms, at_once: int) -> TaskAction:
+def grade_code_action(schemas: Schemas, modes: Modes, terms: Terms, at_once: int) -> TaskAction:
     """The action; `at_once` tests of one task run beside each other."""
 
     def check(params: Params, at: str) -> None:
         job_of(_program(params), terms, at)
 
     async def grade_code(params: Params, progress: Report) -> dict[str, Any]:
-        return await _Grading(params, progress, runs, job_of(_program(params), terms), at_once).grade()
+        return await _Grading(params, progress, modes, job_of(_program(params), terms), at_once).grade()
 
     return TaskAction("gradeCode", schemas.shape("tasks/gradeCode.json"), grade_code, check)
 
 
 def _program(params: Params) -> dict[str, Any]:
     own = ("tests", "compare", "stopOnFirstFailure")
-    return {"mode": "standalone", **{name: value for name, value in params.items() if name not in own}}
+    return {"mode": STANDALONE, **{name: value for name, value in params.items() if name not in own}}
 
 
 class _Grading:
     """One task of it."""
 
-    def __init__(self, params: Params, progress: Report, runs: Runs, job: Job, at_once: int) -> None:
+    def __init__(self, params: Params, progress: Report, modes: Modes, job: Job, at_once: int) -> None:
         self._tests: list[Test] = params["tests"]
         self._right = COMPARISONS[params.get("compare", DEFAULT_COMPARISON)]
         self._stop = params.get("stopOnFirstFailure", False)
         self._progress = progress
-        self._runs = runs
-        self._job = job
+        self._modes = modes
+        self._mode: str = params.get("mode", STANDALONE)
+        self._job = replace(job, batch=True)
         self._turns = asyncio.Semaphore(at_once)
         self._results: dict[int, Test] = {}
 
@@ -74,7 +75,7 @@ class _Grading:
     async def _try(self, number: int, test: Test) -> None:
         async with self._turns:
             job = replace(self._job, stdin=test.get("stdin", ""))
-            outcome, _ = await self._runs.run(job, self._progress.owner, of_task=True)
+            outcome, _ = await self._modes.run(self._mode, job, self._progress.owner, of_task=True)
         if outcome.status is Status.INTERNAL_ERROR:
             raise Failed(f"test {number + 1}: {outcome.error}", code_of(outcome.status))
         result = self._results[number] = self._judged(number, test, outcome)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from protocol.errors import InvalidMessage
 from protocol.schema import Schemas
 from sandbox.model import Status
 from services.jobs import LIVE, Terms, job_of, output_of
-from services.runs import Runs
+from services.modes import Modes
 from services.task_action import Failed, Params, Report, TaskAction
 
 
-def run_code_action(schemas: Schemas, runs: Runs, terms: Terms) -> TaskAction:
+def run_code_action(schemas: Schemas, modes: Modes, terms: Terms) -> TaskAction:
     """The action; params are the data of the message `runCode`."""
 
     def check(params: Params, at: str) -> None:
@@ -23,8 +24,8 @@ def run_code_action(schemas: Schemas, runs: Runs, terms: Terms) -> TaskAction:
         job_of(params, terms, at)
 
     async def run_code(params: Params, progress: Report) -> dict[str, Any]:
-        job = job_of(params, terms)
-        outcome, queue_ms = await runs.run(job, progress.owner, of_task=True)
+        job = replace(job_of(params, terms), batch=True)
+        outcome, queue_ms = await modes.run(params["mode"], job, progress.owner, of_task=True)
         output = output_of(outcome, queue_ms, job)
         if outcome.status is not Status.OK:
             raise Failed(output["error"], code_of(outcome.status), output)

@@ -81,13 +81,6 @@ async def test_a_limit_of_zero_or_less_or_above_the_maximum_is_refused(name: str
         assert "--max-" in answer["error"]
 
 
-async def test_a_cluster_that_is_not_there_is_said_so() -> None:
-    async with serving() as server, connected(server) as client:
-        answer = await client.ask("runCode", {**SLEEPER, "mode": "cluster"})
-
-        assert answer["details"]["code"] == "CLUSTER_UNAVAILABLE"
-
-
 async def test_a_full_queue_refuses_at_once() -> None:
     async with serving(max_runs=1, queue_size=1) as server, connected(server) as client:
         for number in range(3):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from protocol.errors import ClusterUnavailable, InvalidMessage, PayloadTooLarge
+from protocol.errors import InvalidMessage, PayloadTooLarge
 from sandbox.languages import LANGUAGES
 from sandbox.model import Facts, Job, Limits, Usage
 from sandbox.verdict import conclude
@@ -39,9 +41,16 @@ def test_code_is_bounded_in_bytes() -> None:
         job_of({**CODE, "code": "ü" * (MAX_CODE_BYTES // 2 + 1)}, OFFERED)
 
 
-def test_there_is_no_cluster_here() -> None:
-    with pytest.raises(ClusterUnavailable):
-        job_of({**CODE, "mode": "cluster"}, OFFERED)
+def test_both_modes_run_the_same_job() -> None:
+    assert job_of({**CODE, "mode": "cluster"}, OFFERED) == job_of(CODE, OFFERED)
+
+
+def test_an_output_names_the_worker_if_there_was_one() -> None:
+    job = Job("python", "")
+    outcome = conclude(job, Facts(exit_code=0), b"", b"")
+
+    assert "worker" not in output_of(outcome, 1.0, job)
+    assert output_of(replace(outcome, worker="w"), 1.0, job)["worker"] == "w"
 
 
 def test_an_output_has_the_streams_apart_when_the_run_failed_and_together_when_it_was_ok() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from protocol.errors import Conflict, NotFound, Overloaded, ShuttingDown
-from sandbox.engine import never_started
+from protocol.errors import ClusterUnavailable, Conflict, NotFound, Overloaded, ShuttingDown
+from sandbox.engine import EngineAway, never_started
 from sandbox.model import Channel, Facts, Job, Outcome, Status
 from sandbox.verdict import conclude
 from services.runs import Bounds, Runs
@@ -221,5 +221,59 @@ def test_whoever_waits_is_told_the_turns_until_its_own() -> None:
             engine.let_go()
         await asyncio.gather(*waiting)
         assert [name for name, status, _ in heard if status == "running"] == ["a1", "a2", "b1", "c1", "a3", "b2"]
+
+    on(test)
+
+
+def test_an_engine_that_is_away_refuses_at_once_and_those_that_wait_are_told() -> None:
+    async def main() -> None:
+        engine = TestEngine()
+        reason: list[str] = []
+        runs = Runs(engine, Bounds(1, 10, 1, 1000), lambda: reason[0] if reason else None)
+        under_way, waiting = start(runs, "a"), start(runs, "b")
+        await begun(engine, 1)
+        reason.append("the scheduler is gone")
+        runs.refuse_waiting(reason[0])
+        with pytest.raises(ClusterUnavailable, match="the scheduler is gone"):
+            await within(waiting)
+        with pytest.raises(ClusterUnavailable):
+            await runs.run(JOB, "c")
+        engine.let_go()
+        assert (await under_way)[0].status is Status.OK
+        assert runs.counts == {"running": 0, "queued": 0}
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_is_away_when_the_turn_comes_is_a_refusal() -> None:
+    class AwayEngine(TestEngine):
+        async def run(self, job: Job, channel: Channel) -> Outcome:
+            raise EngineAway("gone")
+
+    async def main() -> None:
+        runs = Runs(AwayEngine(), Bounds(1, 10, 1, 1000))
+        with pytest.raises(ClusterUnavailable, match="gone; mode standalone is there"):
+            await runs.run(JOB, "a")
+        assert runs.counts == {"running": 0, "queued": 0}
+
+    asyncio.run(main())
+
+
+def test_more_room_gives_turns_at_once_and_less_room_ends_nothing() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        started = [start(runs, f"owner {n}") for n in range(4)]
+        await begun(engine, 1)
+        assert runs.counts == {"running": 1, "queued": 3}
+        runs.resize(Bounds(3, 10, 3, 10))
+        await begun(engine, 3)
+        runs.resize(Bounds(1, 10, 1, 10))
+        for _ in range(2):
+            engine.let_go()
+        await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
+        assert len(engine.begun) == 3
+        engine.let_go()
+        await begun(engine, 4)
+        engine.let_go()
+        await asyncio.gather(*started)
 
     on(test)
