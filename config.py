@@ -57,6 +57,12 @@ class Settings:
     allow_unsafe: bool = _setting(False, "Runs", "let the subprocess engine serve other machines, unprotected")
     python: Path | None = _setting(None, "Runs", "the python that programs run on; found by itself if not given")
     node: Path | None = _setting(None, "Runs", "the node that programs run on; found by itself if not given")
+    python_packages: Path | None = _setting(
+        None, "Runs", "a list for pip (requirements.txt) of what python programs may import; installed once, at start"
+    )
+    node_packages: Path | None = _setting(
+        None, "Runs", "a package.json of what javascript programs may import; installed once, at start"
+    )
     max_runs: int = _setting(max(2, os.cpu_count() or 2), "Runs", "programs that run at once", least=1)
     warm: int = _setting(os.cpu_count() or 1, "Runs", "children or jails that wait ready for the next runs", least=0)
     preload: tuple[str, ...] = _setting(

@@ -29,6 +29,7 @@ from protocol.schema import Schemas
 from sandbox.cluster import ClusterEngine, Place
 from sandbox.engine import Engine, EngineUnavailable
 from sandbox.forkserver import PRELOAD
+from sandbox.interpreters import Wanted
 from sandbox.local import JAILING, Local
 from sandbox.model import Limits
 from services.actions.grade_code import grade_code_action
@@ -211,7 +212,8 @@ async def _close_all(queues: list[Runs], drain_s: float) -> None:
 
 
 def _local(settings: Settings) -> Local:
-    return Local(settings.python, settings.node, settings.warm, settings.preload or PRELOAD, _defaults(settings))
+    wanted = Wanted(settings.python, settings.node, settings.python_packages, settings.node_packages)
+    return Local(wanted, settings.warm, settings.preload or PRELOAD, _defaults(settings))
 
 
 def _defaults(settings: Settings) -> Limits:
@@ -243,7 +245,10 @@ def _listen(application: Application, settings: Settings) -> tuple[HTTPServer, i
 
 
 async def _say_farewell(transport: Transport) -> None:
-    """Closes every connection as a restart does; Tornado itself would leave them open."""
+    """Closes every connection, once it has its answers, as a restart does; Tornado itself would leave them open."""
+    with contextlib.suppress(TimeoutError):
+        answered = (socket.all_answered() for socket in transport.open_sockets)
+        await asyncio.wait_for(asyncio.gather(*answered), FAREWELL_SECONDS)
     for socket in list(transport.open_sockets):
         socket.close_with(CloseCode.RESTART)
     with contextlib.suppress(TimeoutError):

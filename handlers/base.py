@@ -236,6 +236,12 @@ class ProtocolSocket(WebSocketHandler):
         self._under_way += 1
         spawn(self._answer(message), name=f"answer {message.action}")
 
+    async def all_answered(self) -> None:
+        """Returns when no request is under way."""
+        while self._under_way:
+            self._answered.clear()
+            await self._answered.wait()
+
     async def _answer(self, message: Message) -> None:
         try:
             answer = await self.actions[message.action](message)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sandbox.engine import Engine, EngineUnavailable
 from sandbox.forkserver import ForkServerEngine
+from sandbox.interpreters import Wanted
 from sandbox.model import Channel, Check, Job, Language, Outcome, Status, Stream
 from sandbox.nsjail import NsjailEngine
 from sandbox.promises import PROMISES, Promise
@@ -78,7 +79,7 @@ def main(argv: list[str]) -> int:
     """Gives the exit code: the program's; 1 when a promise is broken; 2 when nothing can be run."""
     options = _parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
-    engine: Engine = ENGINES[options.engine](options.python, options.node)
+    engine: Engine = ENGINES[options.engine](Wanted(options.python, options.node))
     try:
         if options.check:
             return asyncio.run(_print_checks(engine))

@@ -8,7 +8,6 @@ import json
 import logging
 import marshal
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 from background import spawn
@@ -16,14 +15,15 @@ from sandbox.cgroup import TooLittleMemory
 from sandbox.engine import EngineUnavailable, did_not_fit
 from sandbox.forkjail import ForkServer, ForkServers
 from sandbox.host import FIRST_UID, UIDS, Host, Uids
-from sandbox.interpreters import find_koffi, runtime_folder
-from sandbox.languages import LANGUAGES, environment
+from sandbox.interpreters import Wanted, find_koffi, runtime_folder
+from sandbox.languages import LANGUAGES
 from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
 from sandbox.policy import (
     INSIDE_UID,
     bind,
     command_of,
     content,
+    environment_inside,
     environment_of,
     folder,
     identity,
@@ -69,7 +69,7 @@ class ForkServerEngine:
     name = "forkserver"
 
     def __init__(
-        self, python: Path | None = None, node: Path | None = None, warm: int = 1, number: int = 0,
+        self, wanted: Wanted | None = None, warm: int = 1, number: int = 0,
         preload: tuple[str, ...] = PRELOAD, usual: Limits | None = None,
     ) -> None:  # fmt: skip
         """`warm` slots of each language wait for the next runs.
@@ -77,7 +77,7 @@ class ForkServerEngine:
         `number` tells engines on one machine apart, `preload` are the modules that python's fork servers import, and
         `usual` are the limits that runs mostly have: others of `tmp_bytes` and `open_files` take a moment longer.
         """
-        self._wanted = python, node
+        self._wanted = wanted or Wanted()
         self._warm = warm
         self._preload = preload
         self._usual = usual or Limits()
@@ -91,7 +91,7 @@ class ForkServerEngine:
 
     async def open(self) -> None:
         """Starts the fork servers and tries them. Raises EngineUnavailable."""
-        self._host = host = Host(*self._wanted)
+        self._host = host = await asyncio.to_thread(Host, self._wanted)
         try:
             self._filters = bpf()
             self._koffi = find_koffi(not host.is_root, runtime_folder())
@@ -179,7 +179,7 @@ class ForkServerEngine:
             interpreter = str(host.interpreters[language].inside)
             request["start"] = {
                 "argv": [interpreter, "--require", "/preload/preload.cjs", LANGUAGES[language].file_name],
-                "environment": _environment(language),
+                "environment": environment_inside(host, language),
             }
         leaf = host.groups.leaf()
         forks_node = language == "javascript" and self._koffi is not None
@@ -214,10 +214,12 @@ class ForkServerEngine:
 
     def _start_python(self, host: Host) -> ForkServer:
         python = str(host.interpreters["python"].inside)
+        surroundings = environment_inside(host, "python")
+        packages = [surroundings["PYTHONPATH"]] if "PYTHONPATH" in surroundings else []
         lines = [
             *(content(f"/forkserver/{name}", (CHILD / source).read_text())
               for name, source in (("sitecustomize.py", "fork_python.py"), ("collect.py", "collect.py"))),
-            *environment_of({**_environment("python"), "PYTHONPATH": "/forkserver"}),
+            *environment_of({**surroundings, "PYTHONPATH": ":".join(["/forkserver", *packages])}),
             command_of([python, LANGUAGES["python"].file_name]),
         ]  # fmt: skip
         setup = marshal.dumps({"filters": self._filters, "preload": self._preload}, MARSHAL_VERSION)
@@ -230,7 +232,7 @@ class ForkServerEngine:
         lines = [
             content("/forkserver/fork_node.cjs", (CHILD / "fork_node.cjs").read_text()),
             bind(self._koffi, "/forkserver/node_modules"),
-            *environment_of({**_environment("javascript"), "FORK_SERVER": "1"}),
+            *environment_of({**environment_inside(host, "javascript"), "FORK_SERVER": "1"}),
             command_of([node, *options, LANGUAGES["javascript"].file_name]),
         ]
         collect = [str(host.interpreters["python"].inside), "-I", "-S", "/preload/collect.py"]
@@ -259,7 +261,3 @@ class ForkServerEngine:
         leaf = host.groups.leaf()
         give_back = functools.partial(self._server_uids.give_back, uid)
         return ForkServer(host.nsjail, "\n".join(config), setup, leaf, give_back, warded=host.warden is not None)
-
-
-def _environment(language: Language) -> Mapping[str, str]:
-    return environment(language, home="/work", scratch="/tmp")  # noqa: S108 -- the jail's own

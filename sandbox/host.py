@@ -12,8 +12,9 @@ from pathlib import Path
 from sandbox.cgroup import Cgroups, CgroupUnavailable
 from sandbox.cgroup_root import open_cgroups
 from sandbox.engine import EngineUnavailable
-from sandbox.interpreters import Interpreter, find_node, find_python, runtime_folder
+from sandbox.interpreters import Interpreter, Wanted, find_node, find_python, runtime_folder
 from sandbox.model import Language
+from sandbox.packages import prepare
 from sandbox.sampled import SampledGroups
 from sandbox.warden import Warden
 
@@ -49,16 +50,17 @@ class Uids:
 class Host:
     """This machine, as far as an engine with jails needs it."""
 
-    def __init__(self, python: Path | None, node: Path | None) -> None:
-        """Raises EngineUnavailable: something is missing."""
+    def __init__(self, wanted: Wanted) -> None:
+        """Blocks, if packages have to be installed. Raises EngineUnavailable: something is missing."""
         self.is_root = os.geteuid() == 0
         self.nsjail = find_nsjail()
         self.interpreters: dict[Language, Interpreter] = {
-            "python": find_python(python, not self.is_root, runtime_folder()),
-            "javascript": find_node(node, not self.is_root, runtime_folder()),
+            "python": find_python(wanted.python, not self.is_root, runtime_folder()),
+            "javascript": find_node(wanted.node, not self.is_root, runtime_folder()),
         }
         for interpreter in self.interpreters.values():
             log.info("%s", interpreter.note)
+        self.packages = prepare(wanted.python_packages, wanted.node_packages, self.interpreters, runtime_folder())
         self.groups: Cgroups | SampledGroups
         self.no_cgroups = ""
         self.warden: Warden | None = None

@@ -29,6 +29,19 @@ SCRATCH_PLACES = ("/tmp", "/work", "/dev/shm")  # noqa: S108 -- every jail's own
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What programs are to run on, as far as somebody has said so; the rest is found.
+
+    `python_packages` is a list for pip, `node_packages` a package.json.
+    """
+
+    python: Path | None = None
+    node: Path | None = None
+    python_packages: Path | None = None
+    node_packages: Path | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Interpreter:
     """An executable, the other files and folders that it needs, and where a jail has it.
 
@@ -92,7 +105,7 @@ def find_koffi(closed_ok: bool, runtime: Path) -> Path | None:
     if not target.exists():
         staging = target.with_name(f"{target.name}.{os.getpid()}")
         shutil.copytree(modules, staging)
-        _put_in_place(staging, target)
+        put_in_place(staging, target)
     return target
 
 
@@ -150,7 +163,7 @@ def _lay_out_python(found: Interpreter, runtime: Path) -> Interpreter:
             else:
                 shutil.copy2(path, goal)
         (staging / "complete").touch()
-        _put_in_place(staging, target)
+        put_in_place(staging, target)
     executable = target / found.executable.relative_to(prefix)
     needs = tuple(target / path.relative_to(prefix) for path in found.needs)
     note = f"python runs on {executable}, a copy of {found.executable}, which jails cannot reach"
@@ -162,11 +175,11 @@ def _copy_file(source: Path, target: Path) -> Path:
         staging = target.parent.with_name(f"{target.parent.name}.{os.getpid()}")
         staging.mkdir(parents=True, exist_ok=True)
         shutil.copy2(source, staging / target.name)
-        _put_in_place(staging, target.parent)
+        put_in_place(staging, target.parent)
     return target
 
 
-def _put_in_place(staging: Path, target: Path) -> None:
+def put_in_place(staging: Path, target: Path) -> None:
     """Renames a finished copy to its place; when another server was faster, ours is dropped."""
     try:
         staging.rename(target)

@@ -42,6 +42,7 @@ def command(language: Language, interpreter: str, args: tuple[str, ...]) -> list
     return [interpreter, *spec.options, spec.file_name, *args]
 
 
-def environment(language: Language, *, home: str, scratch: str) -> dict[str, str]:
-    """A program's whole environment: nothing of the server's is in it."""
-    return {**COMMON_ENVIRONMENT, "HOME": home, "TMPDIR": scratch, **LANGUAGES[language].environment}
+def environment(language: Language, *, home: str, scratch: str, packages: str = "") -> dict[str, str]:
+    """A program's whole environment: nothing of the server's is in it. `packages` is a folder for python."""
+    path = {"PYTHONPATH": packages} if packages and language == "python" else {}
+    return {**COMMON_ENVIRONMENT, "HOME": home, "TMPDIR": scratch, **LANGUAGES[language].environment, **path}

@@ -6,10 +6,10 @@ import logging
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 from sandbox.engine import Engine, EngineUnavailable
 from sandbox.forkserver import PRELOAD, ForkServerEngine
+from sandbox.interpreters import Wanted
 from sandbox.model import Limits
 from sandbox.nsjail import NsjailEngine
 from sandbox.subproc import SubprocessEngine
@@ -26,8 +26,7 @@ FIRST_WORKER, LAST_WORKER = 1_000, 20_000
 class Local:
     """How an engine on this machine is made. `usual` are the limits that runs mostly have."""
 
-    python: Path | None = None
-    node: Path | None = None
+    wanted: Wanted = Wanted()
     warm: int = 1
     preload: tuple[str, ...] = PRELOAD
     usual: Limits | None = None
@@ -36,11 +35,11 @@ class Local:
         """The engine of that name, not yet open. `number` tells engines on one machine apart."""
         match name:
             case "forkserver":
-                return ForkServerEngine(self.python, self.node, self.warm, number, self.preload, self.usual)
+                return ForkServerEngine(self.wanted, self.warm, number, self.preload, self.usual)
             case "nsjail":
-                return NsjailEngine(self.python, self.node, self.warm, number)
+                return NsjailEngine(self.wanted, self.warm, number)
             case "subprocess":
-                return SubprocessEngine(self.python, self.node)
+                return SubprocessEngine(self.wanted)
         raise EngineUnavailable(f"there is no engine {name}")
 
     async def open_first(self, names: Iterable[str], number: int) -> Engine:

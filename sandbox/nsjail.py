@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import marshal
 import os
 from collections.abc import Callable
@@ -10,14 +11,15 @@ from pathlib import Path
 from sandbox.cgroup import TooLittleMemory
 from sandbox.engine import EngineUnavailable, did_not_fit
 from sandbox.host import FIRST_UID, UIDS, Host, Uids
-from sandbox.interpreters import SCRATCH_PLACES
+from sandbox.interpreters import SCRATCH_PLACES, Wanted
 from sandbox.jail import Jail
-from sandbox.languages import LANGUAGES, command, environment
+from sandbox.languages import LANGUAGES, command
 from sandbox.model import Channel, Job, Limits, Outcome
 from sandbox.policy import (
     INSIDE_UID,
     command_of,
     content,
+    environment_inside,
     identity,
     quoted,
     scratch,
@@ -38,9 +40,9 @@ class NsjailEngine:
 
     name = "nsjail"
 
-    def __init__(self, python: Path | None = None, node: Path | None = None, warm: int = 1, number: int = 0) -> None:
+    def __init__(self, wanted: Wanted | None = None, warm: int = 1, number: int = 0) -> None:
         """`warm` jails wait for the next runs. `number` tells engines on one machine apart, which share no user ids."""
-        self._wanted = python, node
+        self._wanted = wanted or Wanted()
         self._warm = warm
         self._uids = Uids(FIRST_UID + number * UIDS)
         self._host: Host | None = None
@@ -48,7 +50,7 @@ class NsjailEngine:
 
     async def open(self) -> None:
         """Finds nsjail, the interpreters and the control groups. Raises EngineUnavailable."""
-        self._host = host = Host(*self._wanted)
+        self._host = host = await asyncio.to_thread(Host, self._wanted)
         self._tree = [*tree(host), f"seccomp_string: {quoted(kafel())}"]
         self._init, self._collect = ((CHILD / name).read_text() for name in ("init.py", "collect.py"))
         self._jails = Ready(lambda: self._make_jail(host), self._warm)
@@ -87,7 +89,7 @@ class NsjailEngine:
         return marshal.dumps(
             {
                 "argv": command(job.language, interpreter, job.args),
-                "environment": environment(job.language, home="/work", scratch="/tmp"),  # noqa: S108 -- the jail's own
+                "environment": environment_inside(self._opened(), job.language),
                 "files": {**job.files, LANGUAGES[job.language].file_name: job.code},
                 "return_bytes": job.return_bytes,
             },

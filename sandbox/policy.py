@@ -6,15 +6,19 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from sandbox.host import Host
-from sandbox.model import Limits
+from sandbox.languages import environment
+from sandbox.model import Language, Limits
+from sandbox.packages import NODE_INSIDE, PYTHON_INSIDE
 
 INSIDE_UID = 1000
+PACKAGES_INSIDE: dict[Language, str] = {"python": PYTHON_INSIDE, "javascript": NODE_INSIDE}
 _SHARED = (Path(__file__).parent / "jail.cfg").read_text()
 
 
 def tree(host: Host, users: int = 1) -> list[str]:
     """What every jail has: the shared policy, the interpreters, and names for so many users."""
     mounts = {found.executable: found.inside for found in host.interpreters.values()}
+    mounts |= {folder: Path(PACKAGES_INSIDE[language]) for language, folder in host.packages.items()}
     mounts |= {path: path for found in host.interpreters.values() for path in found.needs}
     python = str(host.interpreters["python"].inside)
     links = [name for name in ("/usr/bin/python3", "/usr/bin/python") if name != python]
@@ -60,6 +64,12 @@ def folder(target: str) -> str:
 def tmpfs(target: str, options: str) -> str:
     """A folder in memory that may be written to."""
     return f'mount {{ dst: "{target}" fstype: "tmpfs" rw: true nosuid: true nodev: true options: "{options}" }}'
+
+
+def environment_inside(host: Host, language: Language) -> dict[str, str]:
+    """A program's environment in a jail."""
+    packages = PYTHON_INSIDE if "python" in host.packages else ""
+    return environment(language, home="/work", scratch="/tmp", packages=packages)  # noqa: S108 -- the jail's own
 
 
 def environment_of(variables: Mapping[str, str]) -> list[str]:

@@ -14,10 +14,11 @@ from pathlib import Path
 
 from sandbox.child.collect import collect
 from sandbox.engine import EngineUnavailable
-from sandbox.interpreters import Interpreter, find_node, find_python, runtime_folder
+from sandbox.interpreters import Interpreter, Wanted, find_node, find_python, runtime_folder
 from sandbox.jail import end_with_server
 from sandbox.languages import LANGUAGES, command, environment
 from sandbox.model import Channel, Job, Language, Limits, Outcome
+from sandbox.packages import prepare
 from sandbox.process import Pipes, Watch
 from sandbox.sampled import ProcessTree
 from sandbox.signals import signal_name
@@ -28,15 +29,17 @@ class SubprocessEngine:
 
     name = "subprocess"
 
-    def __init__(self, python: Path | None = None, node: Path | None = None) -> None:
-        self._wanted_python, self._wanted_node = python, node
+    def __init__(self, wanted: Wanted | None = None) -> None:
+        self._wanted = wanted or Wanted()
 
     async def open(self) -> None:
         """Finds the interpreters. Raises EngineUnavailable."""
         self._interpreters: dict[Language, Interpreter] = {
-            "python": find_python(self._wanted_python, True, runtime_folder()),
-            "javascript": find_node(self._wanted_node, True, runtime_folder()),
+            "python": find_python(self._wanted.python, True, runtime_folder()),
+            "javascript": find_node(self._wanted.node, True, runtime_folder()),
         }
+        lists = self._wanted.python_packages, self._wanted.node_packages
+        self._packages = await asyncio.to_thread(prepare, *lists, self._interpreters, runtime_folder())
 
     def warnings(self) -> list[str]:
         """What this engine does not enforce, which is most."""
@@ -51,6 +54,8 @@ class SubprocessEngine:
         folder = Path(tempfile.mkdtemp(prefix="runboard-"))
         try:
             (folder / "tmp").mkdir()
+            if modules := self._packages.get("javascript"):
+                (folder / "node_modules").symlink_to(modules)
             for name, text in {**job.files, LANGUAGES[job.language].file_name: job.code}.items():
                 path = folder / "work" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +75,10 @@ class SubprocessEngine:
         process = subprocess.Popen(  # noqa: ASYNC220 -- asyncio's own waits for pipes that a grandchild may hold
             command(job.language, str(self._interpreters[job.language].executable), job.args),
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=folder / "work",
-            env=environment(job.language, home=str(folder / "work"), scratch=str(folder / "tmp")),
+            env=environment(
+                job.language, home=str(folder / "work"), scratch=str(folder / "tmp"),
+                packages=str(self._packages.get("python", "")),
+            ),
             preexec_fn=lambda: _limit_self(job.limits),
         )  # fmt: skip
         tree = ProcessTree()

@@ -104,11 +104,14 @@ async def test_a_run_under_way_may_end_before_the_server_does(tmp_path: Path) ->
     async with started(tmp_path) as (process, port):
         client = Client(await websocket_connect(f"ws://127.0.0.1:{port}/appws"))
         code = f"import time; print('up', flush=True); time.sleep({0.5 * SECOND}); print('done')"
-        await client.send("runCode", {"language": "python", "code": code, "mode": "standalone"})
-        await until(lambda: any(marked("main.py")))
+        await client.send("runCode", {"language": "python", "code": code, "mode": "standalone", "stream": True})
+        while (await client.hear())["action"] != "outputChunk":
+            pass
         process.send_signal(signal.SIGTERM)
+        while (answer := await client.hear())["action"] != "output":
+            pass
 
-        assert (await client.hear())["data"]["output"] == "up\ndone\n"
+        assert answer["data"]["output"] == "up\ndone\n"
         assert await client.close_code() == 1012
         await process.wait()
         await client.leave()

@@ -309,6 +309,7 @@ if __name__ == "sitecustomize":
     del sys.modules["collect"]
     sys.path.remove(FOLDER)
     sys.path_importer_cache.pop(FOLDER, None)
-    del os.environ["PYTHONPATH"]
+    if packages := os.environ.pop("PYTHONPATH").partition(":")[2]:
+        os.environ["PYTHONPATH"] = packages
     skip_user_customization()
     serve()

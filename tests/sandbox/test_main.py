@@ -14,7 +14,7 @@ import pytest
 
 from sandbox.cgroup import CgroupUnavailable
 from sandbox.engine import EngineUnavailable
-from sandbox.interpreters import find_node, runtime_folder
+from sandbox.interpreters import Wanted, find_node, runtime_folder
 from sandbox.model import Channel, Job, Limits, Status
 from sandbox.nsjail import NsjailEngine
 from tests.conftest import SECOND, opened, within
@@ -91,7 +91,7 @@ def test_an_interpreter_in_a_home_of_mode_0700_is_used_all_the_same(tmp_path: Pa
     shutil.copy(find_node(None, False, runtime_folder()).executable, node)
 
     async def main() -> None:
-        engine = NsjailEngine(node=node)
+        engine = NsjailEngine(Wanted(node=node))
         await engine.open()
         outcome = await within(engine.run(Job("javascript", "console.log('hi')"), Channel()), 60)
         assert (outcome.status, outcome.stdout) == (Status.OK, "hi\n")
@@ -104,7 +104,7 @@ def test_an_interpreter_in_a_home_of_mode_0700_is_used_all_the_same(tmp_path: Pa
 def test_an_interpreter_that_is_not_there_is_told(option: str) -> None:
     async def main() -> None:
         with pytest.raises(EngineUnavailable, match="/nowhere/interpreter"):
-            await NsjailEngine(**{option: Path("/nowhere/interpreter")}).open()
+            await NsjailEngine(Wanted(**{option: Path("/nowhere/interpreter")})).open()
 
     asyncio.run(main())
 
