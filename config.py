@@ -63,6 +63,7 @@ class Settings:
     node_packages: Path | None = _setting(
         None, "Runs", "a package.json of what javascript programs may import; installed once, at start"
     )
+    fork_servers: int = _setting(4, "Runs", "fork servers for python; each has a hash seed of its own", least=1)
     max_runs: int = _setting(max(2, os.cpu_count() or 2), "Runs", "programs that run at once", least=1)
     warm: int = _setting(os.cpu_count() or 1, "Runs", "children or jails that wait ready for the next runs", least=0)
     preload: tuple[str, ...] = _setting(

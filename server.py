@@ -213,7 +213,7 @@ async def _close_all(queues: list[Runs], drain_s: float) -> None:
 
 def _local(settings: Settings) -> Local:
     wanted = Wanted(settings.python, settings.node, settings.python_packages, settings.node_packages)
-    return Local(wanted, settings.warm, settings.preload or PRELOAD, _defaults(settings))
+    return Local(wanted, settings.warm, settings.preload or PRELOAD, _defaults(settings), settings.fork_servers)
 
 
 def _defaults(settings: Settings) -> Limits:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from background import spawn
 from handlers.base import Method, ProtocolSocket, Transport, ack
@@ -26,6 +26,7 @@ def _chunk(stream: str, text: str, id: str | int | None) -> Message:
     return Message("outputChunk", {"stream": stream, "text": text}, id=id)
 
 
+Default = TypeVar("Default", str, None)
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 DEFAULT_ROOM = "default"
 
@@ -55,15 +56,15 @@ class AppSocket(ProtocolSocket):
         self._leaderboard = services.leaderboard
         self._hub = services.hub
         self._repeats = Repeats()
-        room, session = self._named("room") or DEFAULT_ROOM, self._named("session")
+        room, session = self._named("room", DEFAULT_ROOM), self._named("session", None)
         self._bad_name = next((name for name in (room, session) if name is not None and not NAME.fullmatch(name)), None)
         self._room = f"{self.games}/{room}"
         self._tasks = services.tasks.of(self, session and f"{self.games}/{session}", self)
 
-    def _named(self, what: str) -> str | None:
+    def _named(self, what: str, default: Default) -> str | Default:
         """A name in the address; what is no UTF-8 stays recognisable as bad."""
         values = self.request.query_arguments.get(what)
-        return values[-1].decode("utf-8", "replace") if values else None
+        return values[-1].decode("utf-8", "replace") if values else default
 
     @property
     def actions(self) -> Mapping[str, Method]:

@@ -70,17 +70,19 @@ class ForkServerEngine:
 
     def __init__(
         self, wanted: Wanted | None = None, warm: int = 1, number: int = 0,
-        preload: tuple[str, ...] = PRELOAD, usual: Limits | None = None,
+        preload: tuple[str, ...] = PRELOAD, usual: Limits | None = None, seeds: int = SEEDS,
     ) -> None:  # fmt: skip
         """`warm` slots of each language wait for the next runs.
 
         `number` tells engines on one machine apart, `preload` are the modules that python's fork servers import, and
-        `usual` are the limits that runs mostly have: others of `tmp_bytes` and `open_files` take a moment longer.
+        `usual` are the limits that runs mostly have: others of `tmp_bytes` and `open_files` take a moment longer. Of
+        python there are `seeds` fork servers, each with a hash seed of its own.
         """
         self._wanted = wanted or Wanted()
         self._warm = warm
         self._preload = preload
         self._usual = usual or Limits()
+        self._seeds = seeds
         self._first_uid = FIRST_UID + number * UIDS
         self._server_uids, self._uids = Uids(self._first_uid), Uids(self._first_uid + SERVER_UIDS)
         self._host: Host | None = None
@@ -97,7 +99,7 @@ class ForkServerEngine:
             self._koffi = find_koffi(not host.is_root, runtime_folder())
             if self._koffi is None:
                 log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
-            python = ForkServers(lambda: self._start_python(host), SEEDS, MOST_FORKS)
+            python = ForkServers(lambda: self._start_python(host), self._seeds, MOST_FORKS)
             start_node = self._start_node if self._koffi else self._start_python
             node = ForkServers(lambda: start_node(host), 1, EVER)
             self._servers = {"python": python, "javascript": node}

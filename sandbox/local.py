@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sandbox.engine import Engine, EngineUnavailable
-from sandbox.forkserver import PRELOAD, ForkServerEngine
+from sandbox.forkserver import PRELOAD, SEEDS, ForkServerEngine
 from sandbox.interpreters import Wanted
 from sandbox.model import Limits
 from sandbox.nsjail import NsjailEngine
@@ -30,12 +30,13 @@ class Local:
     warm: int = 1
     preload: tuple[str, ...] = PRELOAD
     usual: Limits | None = None
+    seeds: int = SEEDS
 
     def make(self, name: str, number: int) -> Engine:
         """The engine of that name, not yet open. `number` tells engines on one machine apart."""
         match name:
             case "forkserver":
-                return ForkServerEngine(self.wanted, self.warm, number, self.preload, self.usual)
+                return ForkServerEngine(self.wanted, self.warm, number, self.preload, self.usual, self.seeds)
             case "nsjail":
                 return NsjailEngine(self.wanted, self.warm, number)
             case "subprocess":

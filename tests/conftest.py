@@ -26,7 +26,7 @@ from tests.dask_processes import Cluster
 from tests.units import SECOND as SECOND
 
 ENGINES: dict[str, Callable[[], Engine]] = {
-    "forkserver": ForkServerEngine,
+    "forkserver": lambda: ForkServerEngine(seeds=1),
     "nsjail": NsjailEngine,
     "subprocess": SubprocessEngine,
     "cluster": lambda: ClusterEngine(Place(scheduler=shared_cluster().address)),
