@@ -19,7 +19,7 @@ import pytest
 from sandbox.engine import EngineUnavailable
 from sandbox.forkserver import SEEDS, ForkServerEngine
 from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
-from tests.conftest import SECOND, descriptors, leaves, opened, until, within
+from tests.conftest import SECOND, children, descriptors, leaves, opened, until, within
 
 RUNS = 12
 
@@ -273,7 +273,7 @@ class Held(NamedTuple):
 
 def held() -> Held:
     """By this process, with all that came of it."""
-    tree = psutil.Process().children(recursive=True)
+    tree = children()
     states = [process.status() for process in tree]
     node = [process.memory_info().rss for process in jailed() if process.name() == "node"]
     return Held(
