@@ -84,7 +84,7 @@ class Client:
 async def serving(**settings: Any) -> AsyncIterator[Running]:
     """The real server on a free port, with a folder of its own for its data."""
     with tempfile.TemporaryDirectory(prefix="runboard-test-") as folder:
-        # Cold jails are opened in no time; what depends on the engine names it, and tests/test_server.py has the default.
+        # Cold jails are opened in no time; what depends on the engine names it; test_server.py has the default.
         common = {"engine": "nsjail", "fork_servers": 1, "port": 0, "drain_s": 0.0, "data_dir": Path(folder)}
         async with running(Settings(**{**common, **settings})) as server:
             yield server
