@@ -31,6 +31,20 @@ class Standing:
     joined: int
 
 
+_Key = tuple[int, int, int]
+_LAST: _Key = (MOST * MICROS + 1, 0, 0)
+"""After every standing."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Top:
+    """The best `limit` rows as they were last asked for, and the key of the last one."""
+
+    rows: list[Row]
+    limit: int
+    last: _Key
+
+
 class Board:
     """Ranks by score, and equal scores by who reached them first. A change costs O(log n), a rank too."""
 
@@ -40,6 +54,7 @@ class Board:
         self._players = {standing.id: standing for standing in standings}
         self._ranked = SortedList(map(_key, self._players.values()))
         self._moves = max((standing.reached for standing in self._players.values()), default=0)
+        self._top = _Top([], 0, _LAST)
 
     def __len__(self) -> int:
         return len(self._players)
@@ -52,6 +67,7 @@ class Board:
         self.fixed = roster is not None
         self._players = {player.id: Standing(player.id, player.name, 0, n, n) for n, player in enumerate(players, 1)}
         self._ranked = SortedList(map(_key, self._players.values()))
+        self._top = _Top([], 0, _LAST)
         self._moves = len(self._players)
         return list(self._players.values())
 
@@ -72,12 +88,12 @@ class Board:
             self._moves += 1
             standing = Standing(player, f"Player {player}", total, self._moves, self._moves)
             self._players[player] = standing
-            self._ranked.add(_key(standing))
+            self._enter(standing)
         elif micros:
-            self._ranked.remove(_key(standing))
+            self._leave(standing)
             self._moves += 1
             standing.score, standing.reached = total, self._moves
-            self._ranked.add(_key(standing))
+            self._enter(standing)
         return standing
 
     def rank(self, player: int) -> int:
@@ -86,24 +102,47 @@ class Board:
 
     def rows(self, limit: int, around: int | None = None) -> list[Row]:
         """The best `limit`, or as many with the player `around` in their middle."""
-        first = 0
-        if around is not None:
-            if around not in self._players:
-                raise not_on_board(around)
-            place = self._ranked.index(_key(self._players[around]))
-            first = max(0, min(place - limit // 2, len(self._ranked) - limit))
+        if around is None:
+            if self._top.limit != limit:
+                rows = self._rows(0, limit)
+                last = self._ranked[len(rows) - 1] if len(rows) == limit else _LAST
+                self._top = _Top(rows, limit, last)
+            return list(self._top.rows)
+        if around not in self._players:
+            raise not_on_board(around)
+        place = self._ranked.index(_key(self._players[around]))
+        return self._rows(max(0, min(place - limit // 2, len(self._ranked) - limit)), limit)
+
+    def _rows(self, first: int, limit: int) -> list[Row]:
+        keys = list(self._ranked.islice(first, first + limit))
+        if not keys:
+            return []
+        players, before = self._players, keys[0][0]
+        rank = self._better_than(-before) + 1
         rows: list[Row] = []
-        players, before = self._players, None
-        for place, (minus, _, id) in enumerate(self._ranked.islice(first, first + limit), first + 1):
+        for place, (minus, _, id) in enumerate(keys, first + 1):
             if minus != before:
-                rank = place if rows else self._better_than(-minus) + 1
-                before = minus
-            rows.append(Row(rank, id, players[id].name, -minus))
+                rank, before = place, minus
+            # The short way to Row(rank, …): a board is read after each change, a hundred rows of it.
+            rows.append(tuple.__new__(Row, (rank, id, players[id].name, -minus)))
         return rows
+
+    def _enter(self, standing: Standing) -> None:
+        self._ranked.add(key := _key(standing))
+        self._forget_top(key)
+
+    def _leave(self, standing: Standing) -> None:
+        self._ranked.remove(key := _key(standing))
+        self._forget_top(key)
+
+    def _forget_top(self, changed: _Key) -> None:
+        """A change below the last row of the top leaves the top as it was."""
+        if changed <= self._top.last:
+            self._top = _Top([], 0, _LAST)
 
     def _better_than(self, score: int) -> int:
         return self._ranked.bisect_left((-score, 0, 0))
 
 
-def _key(standing: Standing) -> tuple[int, int, int]:
+def _key(standing: Standing) -> _Key:
     return -standing.score, standing.reached, standing.id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import contextlib
 from collections.abc import Awaitable, Callable
 
 from background import spawn
@@ -28,13 +29,15 @@ class LiveOutput:
         }
         self._waiting: dict[Stream, list[str]] = {}
         self._sending: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
 
     def emit(self, stream: Stream, chunk: bytes) -> None:
         """Bytes that the run has just printed."""
         self._add(stream, self._decoders[stream].decode(chunk))
 
     async def finish(self, outcome: Outcome) -> None:
-        """The run is over: sends the rest, so that all chunks together are its output."""
+        """The run is over: sends the rest at once, so that all chunks together are its output."""
+        self._over.set()
         for stream, decoder in self._decoders.items():
             self._add(stream, decoder.decode(b"", final=stream not in outcome.facts.output_cut))
         if self._sending is not None:
@@ -51,4 +54,5 @@ class LiveOutput:
             waiting, self._waiting = self._waiting, {}
             for stream, texts in waiting.items():
                 await self._send(stream, "".join(texts))
-            await asyncio.sleep(PAUSE_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._over.wait(), PAUSE_SECONDS)
