@@ -19,7 +19,7 @@ from background import spawn
 from handlers.wire import Wire
 from protocol.errors import CloseCode, Internal, InvalidMessage, ParseError, RateLimited, Refusal, UnknownAction
 from protocol.frame import text_frame
-from protocol.message import Message, decode, encode, refusal_message
+from protocol.message import Message, decode, encode, encode_in_pieces, is_large, refusal_message
 from protocol.schema import Schemas
 from services.hub import Outbox, SlowClient
 
@@ -70,6 +70,10 @@ class Transport:
 def ack(message: Message) -> Message | None:
     """The answer to an action that has none of its own: the request has taken effect, if anyone wants to know."""
     return None if message.id is None else Message("ack", id=message.id)
+
+
+def _large_frame(message: Message) -> bytes:
+    return text_frame(encode_in_pieces(message))
 
 
 class ProtocolSocket(WebSocketHandler):
@@ -181,7 +185,7 @@ class ProtocolSocket(WebSocketHandler):
 
     async def deliver(self, message: Message) -> None:
         """Sends a message that must arrive; waits for room in the outbox of a client that only takes its time."""
-        frame = text_frame(encode(message))
+        frame = await asyncio.to_thread(_large_frame, message) if is_large(message) else text_frame(encode(message))
         if self._outbox.is_empty and self._wire.send_now(frame):
             return
         try:

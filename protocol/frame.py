@@ -6,9 +6,9 @@ TEXT = 0x81
 """A text frame that is not continued."""
 
 
-def text_frame(text: str) -> bytes:
-    """The whole frame as a server sends it: not masked, not compressed."""
-    payload = text.encode()
+def text_frame(text: str | bytes) -> bytes:
+    """The whole frame as a server sends it: not masked, not compressed. `text` may be UTF-8 already."""
+    payload = text.encode() if isinstance(text, str) else text
     size = len(payload)
     if size < 126:
         return bytes((TEXT, size)) + payload

@@ -12,7 +12,7 @@ from jsonschema.exceptions import ValidationError
 from referencing import Registry, Resource
 
 from protocol.errors import InvalidMessage, UnknownAction
-from protocol.message import ABSENT, Message, clip, nearest, pointer
+from protocol.message import Message, clip, envelope_of, nearest, pointer
 
 Side = Literal["client", "server"]
 SCHEMAS = Path(__file__).parent.parent / "schemas"
@@ -85,7 +85,7 @@ class Schemas:
                 path="/action",
                 id=message.id,
             )
-        errors = _first(self._validators[side][message.action].iter_errors(_envelope(message)))
+        errors = _first(self._validators[side][message.action].iter_errors(envelope_of(message)))
         if errors:
             sentence, details = _tell(min(_leaves(errors), key=_rank))
             raise InvalidMessage(sentence, id=message.id, **details)
@@ -93,7 +93,7 @@ class Schemas:
     def violations(self, message: Message) -> list[dict[str, Any]]:
         """Everything that the schema has against a client's message: {error, path, expected?, limit?} each."""
         validator = self._validators["client"][message.action]
-        errors = _first(validator.iter_errors(_envelope(message)))
+        errors = _first(validator.iter_errors(envelope_of(message)))
         told = (_tell(error) for error in sorted(_leaves(errors), key=_rank))
         return [{"error": sentence, **details} for sentence, details in told]
 
@@ -115,16 +115,6 @@ class Shape:
         if errors:
             sentence, details = _tell(min(_leaves(errors), key=_rank), at)
             raise InvalidMessage(sentence, **details)
-
-
-def _envelope(message: Message) -> dict[str, Any]:
-    envelope: dict[str, Any] = {"action": message.action}
-    for name in ("error", "details", "id"):
-        if (value := getattr(message, name)) is not None:
-            envelope[name] = value
-    if message.data is not ABSENT:
-        envelope["data"] = message.data
-    return envelope
 
 
 def _first(errors: Iterable[ValidationError]) -> list[ValidationError]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, Protocol, TypeVar
 
@@ -24,13 +25,17 @@ Thing = TypeVar("Thing", bound=Perishable)
 
 
 class Ready(Generic[Thing]):
-    """So many of a thing, ready to be taken. Each one that is taken is replaced in the background."""
+    """So many of a thing, ready to be taken. Each one that is taken is replaced in the background.
+
+    Whoever finds none waits for the next one that is made, whatever it was made for.
+    """
 
     def __init__(self, make: Callable[[], Thing], count: int) -> None:
         """`make` may block; it is called in threads."""
         self._make = make
         self._count = count
-        self._ready: list[Thing] = []
+        self._ready: deque[Thing] = deque()
+        self._waiting: deque[asyncio.Future[Thing]] = deque()
         self._making = 0
         self._in_making: set[asyncio.Task[None]] = set()
         # Threads of its own, which live as long as this: the kernel may end a child with the thread that started it.
@@ -38,19 +43,25 @@ class Ready(Generic[Thing]):
 
     async def fill(self) -> None:
         """Makes the first ones. Raises what `make` does."""
-        self._ready += await asyncio.gather(*(self._made() for _ in range(self._count)))
+        self._ready.extend(await asyncio.gather(*(self._made() for _ in range(self._count))))
 
     async def take(self) -> Thing:
-        """One that is ready, or else one made now. Raises what `make` does."""
+        """One that is ready, or else the next one that is made. Raises what `make` does."""
+        while self._ready:
+            thing = self._ready.popleft()
+            if thing.is_good():
+                self._refill()
+                return thing
+            await thing.discard()
+        wanted: asyncio.Future[Thing] = asyncio.get_running_loop().create_future()
+        self._waiting.append(wanted)
+        self._refill()
         try:
-            while self._ready:
-                thing = self._ready.pop(0)
-                if thing.is_good():
-                    return thing
-                await thing.discard()
-        finally:
-            self._refill()
-        return await self._made()
+            return await wanted
+        except asyncio.CancelledError:
+            if wanted.done() and not wanted.cancelled() and wanted.exception() is None:
+                self._give(wanted.result())  # whoever wanted it is gone, but it was made
+            raise
 
     async def close(self) -> None:
         """Discards what was not taken."""
@@ -63,15 +74,10 @@ class Ready(Generic[Thing]):
         self._threads.shutdown()
 
     async def _made(self) -> Thing:
-        making = asyncio.get_running_loop().run_in_executor(self._threads, self._make)
-        try:
-            return await asyncio.shield(making)
-        except asyncio.CancelledError:
-            await (await making).discard()  # whoever wanted it is gone, but it was made
-            raise
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._make)
 
     def _refill(self) -> None:
-        for _ in range(self._count - len(self._ready) - self._making):
+        for _ in range(self._count + len(self._waiting) - len(self._ready) - self._making):
             self._making += 1
             refill = spawn(self._add(), name="refill")
             self._in_making.add(refill)
@@ -80,6 +86,23 @@ class Ready(Generic[Thing]):
     async def _add(self) -> None:
         try:
             thing = await self._made()
+        except Exception as failure:
+            for wanted in self._next_waiting():
+                wanted.set_exception(failure)
+                return
+            raise
         finally:
             self._making -= 1
+        self._give(thing)
+
+    def _give(self, thing: Thing) -> None:
+        for wanted in self._next_waiting():
+            wanted.set_result(thing)
+            return
         self._ready.append(thing)
+
+    def _next_waiting(self) -> Iterator[asyncio.Future[Thing]]:
+        while self._waiting:
+            wanted = self._waiting.popleft()
+            if not wanted.done():
+                yield wanted

@@ -259,7 +259,7 @@ class Runs:
         return 1 + before + earlier + sum(min(len(self._queues[other]), before) for other in owners[place + 1 :])
 
     def _give_turns(self) -> None:
-        while (owner := next((owner for owner in self._queues if self._may_run(owner)), None)) is not None:
+        while (owner := self._next_owner()) is not None:
             queue = self._queues.pop(owner)
             entry = queue.popleft() if queue else None
             if queue:
@@ -270,6 +270,13 @@ class Runs:
                     entry.turn.set_result(None)
                     self._running += 1
                     self._running_of[owner] += 1
+
+    def _next_owner(self) -> Hashable:
+        """Of those who may run more, one with the fewest runs under way; of several, the one who waits for longest."""
+        if self._running >= self._bounds.running:
+            return None
+        may_run = (owner for owner in self._queues if self._may_run(owner))
+        return min(may_run, key=lambda owner: self._running_of[owner], default=None)
 
     def _give_back(self, owner: Hashable) -> None:
         """A run is over: its place is the next one's."""

@@ -11,7 +11,7 @@ from tornado.websocket import WebSocketProtocol13
 
 from protocol.errors import InvalidMessage, ParseError, Refusal
 from protocol.frame import text_frame
-from protocol.message import MAX_DEPTH, Message, decode, encode, refusal_message
+from protocol.message import MAX_DEPTH, Message, decode, encode, encode_in_pieces, is_large, refusal_message
 
 texts = st.text(st.characters(codec=None, exclude_categories=()), max_size=20)
 numbers = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -103,6 +103,19 @@ def test_a_refusal_becomes_an_error_with_the_id_of_what_it_refuses() -> None:
 
     assert (message.action, message.error, message.id) == ("error", "no", 4)
     assert message.details == {"code": "INVALID_MESSAGE", "retryable": False, "action": "runCode", "path": "/x"}
+
+
+PIECES = st.lists(st.sampled_from(["x" * 1000, "\u0000" * 7, "ä𝄞", '"', "\\", "\ud800", "\n"]), max_size=9)
+
+
+@given(PIECES, st.integers(1, 9), st.none() | st.integers())
+def test_what_is_encoded_in_pieces_is_what_is_encoded_at_once(texts: list[str], piece: int, id: int | None) -> None:
+    message = Message("output", {"output": "".join(texts), "n": 1.5, "files": {"a": "b"}, "none": {}}, id=id)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("protocol.message.PIECE", piece)
+
+        assert encode_in_pieces(message) == encode(message).encode()
+        assert is_large(message) == (len("".join(texts)) > piece)
 
 
 class Stream:

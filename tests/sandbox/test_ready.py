@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import threading
 
 import pytest
 
 from sandbox.ready import Ready
-from tests.conftest import until
+from tests.conftest import SECOND, until
 
 
 class Thing:
@@ -78,7 +79,7 @@ def test_after_a_failure_things_are_kept_ready_again(caplog: pytest.LogCaptureFi
         await ready.take()
         with pytest.raises(OSError, match="no more descriptors"):
             await ready.take()
-        await until(lambda: ready._making == 0)  # the ones in the background have failed too
+        await until(lambda: not ready._in_making)  # the ones in the background have failed too
         maker.broken = False
         await ready.take()
         await until(lambda: len(ready._ready) == 2)
@@ -93,5 +94,31 @@ def test_without_any_ready_ones_each_is_made_when_it_is_wanted() -> None:
         await ready.fill()
         assert (await ready.take()).number == 0
         await ready.close()
+
+    asyncio.run(main())
+
+
+def test_who_waits_gets_the_first_that_is_made_and_one_who_left_does_not_lose_it() -> None:
+    async def main() -> None:
+        go = threading.Event()
+        maker = Maker()
+
+        def slowly() -> Thing:
+            assert go.wait(20 * SECOND)
+            return maker()
+
+        ready = Ready(slowly, 1)
+        waiting = [asyncio.ensure_future(ready.take()) for _ in range(3)]
+        await until(lambda: len(ready._waiting) == 3)
+        waiting[0].cancel()
+        go.set()
+        taken = [await waiting[1], await waiting[2]]
+        with pytest.raises(asyncio.CancelledError):
+            await waiting[0]
+        await until(lambda: not ready._in_making)
+        await ready.close()
+
+        assert [thing.number for thing in taken] == [0, 1]
+        assert [thing.discarded for thing in maker.made] == [False, False, *[True] * (len(maker.made) - 2)]
 
     asyncio.run(main())
