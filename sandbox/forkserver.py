@@ -31,7 +31,7 @@ from sandbox.policy import (
     scratch,
     tree,
 )  # fmt: skip
-from sandbox.ready import Ready
+from sandbox.ready import LEFT_FOR_FIRST, Ready
 from sandbox.seccomp import bpf, kafel_of_fork_server
 from sandbox.slot import OWN_PROCESSES, ForkServerLost, Slot
 
@@ -127,7 +127,7 @@ class ForkServerEngine:
 
     async def run(self, job: Job, channel: Channel) -> Outcome:
         """Runs `job` in a slot."""
-        slot = await self._take(job)
+        slot = await self._take(job, channel)
         try:
             slot.leaf.limit(job.limits, OWN_PROCESSES)
             slot.begin(self._task_of(job))
@@ -152,11 +152,11 @@ class ForkServerEngine:
             self._host.close()
         self._slots, self._servers, self._host = {}, {}, None
 
-    async def _take(self, job: Job) -> Slot:
+    async def _take(self, job: Job, channel: Channel) -> Slot:
         if self._host is None:
             raise EngineUnavailable("the forkserver engine is not open")
         if (job.limits.tmp_bytes, job.limits.open_files) == (self._usual.tmp_bytes, self._usual.open_files):
-            return await self._slots[job.language].take()
+            return await self._slots[job.language].take(leave=0 if channel.first else LEFT_FOR_FIRST)
         make = functools.partial(self._make_slot, self._host, job.language, job.limits)
         return await Ready(make, 0).take()
 

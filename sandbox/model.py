@@ -154,11 +154,13 @@ class Channel:
 
     `emit` takes the bytes of a stream as they come and may neither wait nor raise. Setting `cancel` ends the run,
     which then still gives its Outcome. `feed` is standard input after the Job's own; without one it ends with that.
+    `first`: its client has no other run under way, so it may have what an engine keeps ready for such clients.
     """
 
     emit: Callable[[Stream, bytes], None] = silent
     cancel: asyncio.Event = field(default_factory=asyncio.Event)
     feed: Feed | None = None
+    first: bool = True
 
 
 @dataclass(frozen=True, slots=True)

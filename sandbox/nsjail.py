@@ -26,7 +26,7 @@ from sandbox.policy import (
     tmpfs,
     tree,
 )  # fmt: skip
-from sandbox.ready import Ready
+from sandbox.ready import LEFT_FOR_FIRST, Ready
 from sandbox.seccomp import kafel
 
 CHILD = Path(__file__).parent / "child"
@@ -64,7 +64,7 @@ class NsjailEngine:
         """Runs `job` in a fresh jail."""
         if self._jails is None:
             raise EngineUnavailable("the nsjail engine is not open")
-        jail = await self._jails.take()
+        jail = await self._jails.take(leave=0 if channel.first else LEFT_FOR_FIRST)
         try:
             jail.leaf.limit(job.limits, OWN_PROCESSES)
             jail.begin(self.config_of(job, jail.uid), self.task_of(job))

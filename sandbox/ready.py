@@ -21,6 +21,9 @@ class Perishable(Protocol):
         """Gives it back unused."""
 
 
+LEFT_FOR_FIRST = 1
+"""So many are left for the first run of a client by those who have runs under way: a flood takes none that waits."""
+
 Thing = TypeVar("Thing", bound=Perishable)
 
 
@@ -45,9 +48,9 @@ class Ready(Generic[Thing]):
         """Makes the first ones. Raises what `make` does."""
         self._ready.extend(await asyncio.gather(*(self._made() for _ in range(self._count))))
 
-    async def take(self) -> Thing:
-        """One that is ready, or else the next one that is made. Raises what `make` does."""
-        while self._ready:
+    async def take(self, leave: int = 0) -> Thing:
+        """One that is ready, if more than `leave` are, or else the next one that is made. Raises what `make` does."""
+        while len(self._ready) > leave:
             thing = self._ready.popleft()
             if thing.is_good():
                 self._refill()

@@ -8,7 +8,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from protocol.errors import ClusterUnavailable, Conflict, NotFound, Overloaded, PayloadTooLarge, ShuttingDown
 from sandbox.engine import Engine, EngineAway, failed_outcome, never_started
@@ -110,8 +110,9 @@ class Runs:
                 return never_started(job), (time.monotonic() - entry.queued_at) * 1000
             queue_ms = (time.monotonic() - entry.queued_at) * 1000
             tell("running", None)
+            channel = replace(entry.channel, first=self._running_of[owner] == 1)
             try:
-                return await self._engine.run(job, entry.channel), queue_ms
+                return await self._engine.run(job, channel), queue_ms
             except EngineAway as away:
                 raise _unavailable(str(away)) from away
             except Exception:

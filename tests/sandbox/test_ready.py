@@ -122,3 +122,15 @@ def test_who_waits_gets_the_first_that_is_made_and_one_who_left_does_not_lose_it
         assert [thing.discarded for thing in maker.made] == [False, False, *[True] * (len(maker.made) - 2)]
 
     asyncio.run(main())
+
+
+def test_who_leaves_some_for_others_gets_one_that_is_made_for_it() -> None:
+    async def main() -> None:
+        ready = Ready(Maker(), 1)
+        await ready.fill()
+        assert (await ready.take(leave=1)).number == 1
+        assert (await ready.take()).number == 0
+        await until(lambda: not ready._in_making)
+        await ready.close()
+
+    asyncio.run(main())
