@@ -13,7 +13,6 @@ import resource
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 from sandbox.cgroup import Cgroups, Leaf
@@ -31,8 +30,7 @@ PATH = "on the path"
 AFTER = "afterwards"
 STEPS = {
     "make a control group": AHEAD,
-    "fork, and join the group": AHEAD,
-    "make namespaces and mounts, drop rights, fork again": AHEAD,
+    "fork, join the group, make namespaces and mounts, drop rights": AHEAD,
     "take a slot": PATH,
     "set its limits": PATH,
     "hand over the job": PATH,
@@ -57,21 +55,20 @@ class Stopwatch:
         """One more."""
         self.times[step].append((end - begin) * 1e6)
 
-    def measure(self, owner: Any, method: str, step: str | Callable[..., str]) -> None:
+    def measure(self, owner: Any, method: str, step: str) -> None:
         """From here on, each call of a method counts as a step."""
         original = getattr(owner, method)
 
         def measured(*arguments: Any, **more: Any) -> Any:
             begin = time.monotonic()
             answer = original(*arguments, **more)
-            name = step if isinstance(step, str) else step(*arguments)
             if not asyncio.iscoroutine(answer):
-                self.add(name, begin, time.monotonic())
+                self.add(step, begin, time.monotonic())
                 return answer
 
             async def awaited() -> Any:
                 result = await answer
-                self.add(name, begin, time.monotonic())
+                self.add(step, begin, time.monotonic())
                 return result
 
             return awaited()
@@ -82,8 +79,8 @@ class Stopwatch:
         """Hears of a program's start and end, at the times that the jail tells."""
         begin, started, ended, outcome = Slot.begin, Watch.started, Watch.ended, Watch.outcome
 
-        def note_begin(slot: Slot, task: bytes) -> None:
-            begin(slot, task)
+        def note_begin(slot: Slot, job: Job, task: bytes) -> None:
+            begin(slot, job, task)
             self.begun = time.monotonic()
 
         def note_start(watch: Watch, at: float) -> None:
@@ -91,10 +88,10 @@ class Stopwatch:
             self.add("read the job, write the files", self.begun, at)
             started(watch, at)
 
-        def note_end(watch: Watch, at: float, **facts: Any) -> None:
+        def note_end(watch: Watch, at: float, **facts: Any) -> bool:
             self.ended = at
             self.add("run the program", self.started, at)
-            ended(watch, at, **facts)
+            return ended(watch, at, **facts)
 
         async def note_outcome(watch: Watch) -> Any:
             result = await outcome(watch)
@@ -113,8 +110,7 @@ async def main(runs: int) -> None:
     stopwatch = Stopwatch()
     stopwatch.listen()
     stopwatch.measure(Cgroups, "leaf", "make a control group")
-    heard = {b"init": "fork, and join the group", b"ready": "make namespaces and mounts, drop rights, fork again"}
-    stopwatch.measure(Slot, "_hear", lambda slot, word: heard[word])
+    stopwatch.measure(Slot, "_await_ready", "fork, join the group, make namespaces and mounts, drop rights")
     stopwatch.measure(Ready, "take", "take a slot")
     stopwatch.measure(Leaf, "limit", "set its limits")
     stopwatch.measure(Slot, "begin", "hand over the job")

@@ -48,7 +48,7 @@ class Schemas:
                 if name.startswith(f"{side}/"):
                     action = Path(name).stem
                     self._schemas[side][action] = document
-                    self._validators[side][action] = Draft202012Validator(document, registry=registry)
+                    self._validators[side][action] = Draft202012Validator(_inlined(document, registry))
 
     def documents(self) -> dict[str, bytes]:
         """The files themselves, by name (`client/runCode.json`)."""
@@ -56,7 +56,7 @@ class Schemas:
 
     def shape(self, name: str) -> Shape:
         """What the file `name` (`tasks/sleep.json`) allows."""
-        return Shape(self._documents[name], self._registry)
+        return Shape(_inlined(self._documents[name], self._registry))
 
     def actions(self, *, dev: bool) -> list[str]:
         """The actions that a client may send; with `dev` also those of /devws alone."""
@@ -101,9 +101,9 @@ class Schemas:
 class Shape:
     """What a part of a message must look like, compiled once."""
 
-    def __init__(self, schema: Mapping[str, Any], registry: Registry[Any] | None = None) -> None:
+    def __init__(self, schema: Mapping[str, Any]) -> None:
         Draft202012Validator.check_schema(schema)
-        self._validator = Draft202012Validator(schema, registry=registry or Registry())
+        self._validator = Draft202012Validator(schema)
 
     def check(self, value: Any, at: str) -> None:
         """Returns when `value` is good. `at` is its place in the message, a JSON Pointer.
@@ -115,6 +115,15 @@ class Shape:
         if errors:
             sentence, details = _tell(min(_leaves(errors), key=_rank), at)
             raise InvalidMessage(sentence, **details)
+
+
+def _inlined(schema: Any, registry: Registry[Any]) -> Any:
+    """The schema with what it refers to in place: looking references up is half the time of a check."""
+    if isinstance(schema, dict):
+        if schema.keys() == {"$ref"}:
+            return _inlined(registry.resolver().lookup(schema["$ref"]).contents, registry)
+        return {name: _inlined(part, registry) for name, part in schema.items()}
+    return [_inlined(part, registry) for part in schema] if isinstance(schema, list) else schema
 
 
 def _first(errors: Iterable[ValidationError]) -> list[ValidationError]:

@@ -41,32 +41,33 @@ class ForkServer:
         self._control, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._log, their_log = os.pipe()  # as a program's streams: python notes whether they can be sought in
         os.set_blocking(self._log, False)
-        config_fd = os.memfd_create("config", os.MFD_CLOEXEC)
-        try:
-            with open(config_fd, "w", closefd=False) as file:
-                file.write(config)
-            command = [str(nsjail), "--config", f"/proc/self/fd/{config_fd}"]
-            self._process = subprocess.Popen(
-                command, stdin=far_end.fileno(), stdout=their_log, stderr=their_log, env={}, cwd="/",
-                pass_fds=(config_fd,), preexec_fn=before_exec(warded=warded),
-            )  # fmt: skip
-        finally:
-            far_end.close()
-            os.close(config_fd)
-            os.close(their_log)
-        try:
-            leaf.add(self._process.pid)
-            self._control.settimeout(START_SECONDS)
-            self._control.send(setup)
-            if self._control.recv(REPLY_BYTES) != b"ready":
-                raise EngineUnavailable(f"a fork server did not start: {self._last_words()}")
-        except OSError as failure:
-            words = self._last_words()
-            self.close()
-            raise EngineUnavailable(f"a fork server did not start: {failure}; {words}") from failure
-        except EngineUnavailable:
-            self.close()
-            raise
+        config_fd, config_end = os.pipe()  # nsjail waits for it, and so forks nothing before it is in its group
+        with open(config_end, "wb", buffering=0) as configuration:
+            try:
+                command = [str(nsjail), "--config", f"/proc/self/fd/{config_fd}"]
+                self._process = subprocess.Popen(
+                    command, stdin=far_end.fileno(), stdout=their_log, stderr=their_log, env={}, cwd="/",
+                    pass_fds=(config_fd,), preexec_fn=before_exec(warded=warded),
+                )  # fmt: skip
+            finally:
+                far_end.close()
+                os.close(config_fd)
+                os.close(their_log)
+            try:
+                leaf.add(self._process.pid)
+                configuration.write(config.encode())
+                configuration.close()
+                self._control.settimeout(START_SECONDS)
+                self._control.send(setup)
+                if self._control.recv(REPLY_BYTES) != b"ready":
+                    raise EngineUnavailable(f"a fork server did not start: {self._last_words()}")
+            except OSError as failure:
+                words = self._last_words()
+                self.close()
+                raise EngineUnavailable(f"a fork server did not start: {failure}; {words}") from failure
+            except EngineUnavailable:
+                self.close()
+                raise
 
     def is_alive(self) -> bool:
         """Whether it can be asked to fork."""

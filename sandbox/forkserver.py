@@ -8,11 +8,13 @@ import json
 import logging
 import marshal
 import os
+import platform
 from pathlib import Path
 
 from background import spawn
 from sandbox.cgroup import TooLittleMemory
 from sandbox.engine import EngineUnavailable, did_not_fit
+from sandbox.first_process import executable
 from sandbox.forkjail import ForkServer, ForkServers
 from sandbox.host import FIRST_UID, UIDS, Host, Uids
 from sandbox.interpreters import Wanted, find_koffi, runtime_folder
@@ -33,7 +35,7 @@ from sandbox.policy import (
 )  # fmt: skip
 from sandbox.ready import LEFT_FOR_FIRST, Ready
 from sandbox.seccomp import bpf, kafel_of_fork_server
-from sandbox.slot import OWN_PROCESSES, ForkServerLost, Slot
+from sandbox.slot import ForkServerLost, Slot
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class ForkServerEngine:
         self._host = host = await asyncio.to_thread(Host, self._wanted)
         try:
             self._filters = bpf()
+            self._first_process = executable(platform.machine())
             self._koffi = find_koffi(not host.is_root, runtime_folder())
             if self._koffi is None:
                 log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
@@ -129,9 +132,11 @@ class ForkServerEngine:
         """Runs `job` in a slot."""
         slot = await self._take(job, channel)
         try:
-            slot.leaf.limit(job.limits, OWN_PROCESSES)
-            slot.begin(self._task_of(job))
-            return await slot.watch(job, channel)
+            slot.leaf.limit(job.limits)
+            slot.begin(job, self._task_of(job))
+            outcome = await slot.watch(job, channel)
+            await slot.gone()
+            return await slot.files(job, outcome)
         except TooLittleMemory:
             return did_not_fit(job)
         finally:
@@ -209,23 +214,20 @@ class ForkServerEngine:
         files = {**job.files, LANGUAGES[job.language].file_name: job.code}
         if job.language == "python":
             contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
-            task = marshal.dumps((list(job.args), contents), MARSHAL_VERSION)
-        else:
-            task = json.dumps({"args": job.args, "files": files}).encode()
-        return job.return_bytes.to_bytes(8, "little") + task
+            return marshal.dumps((list(job.args), contents), MARSHAL_VERSION)
+        return json.dumps({"args": job.args, "files": files}).encode()
 
     def _start_python(self, host: Host) -> ForkServer:
         python = str(host.interpreters["python"].inside)
         surroundings = environment_inside(host, "python")
         packages = [surroundings["PYTHONPATH"]] if "PYTHONPATH" in surroundings else []
         lines = [
-            *(content(f"/forkserver/{name}", (CHILD / source).read_text())
-              for name, source in (("sitecustomize.py", "fork_python.py"), ("collect.py", "collect.py"))),
+            content("/forkserver/sitecustomize.py", (CHILD / "fork_python.py").read_text()),
             *environment_of({**surroundings, "PYTHONPATH": ":".join(["/forkserver", *packages])}),
             command_of([python, LANGUAGES["python"].file_name]),
         ]  # fmt: skip
-        setup = marshal.dumps({"filters": self._filters, "preload": self._preload}, MARSHAL_VERSION)
-        return self._start(host, lines, setup)
+        setup = {"filters": self._filters, "first_process": self._first_process, "preload": self._preload}
+        return self._start(host, lines, marshal.dumps(setup, MARSHAL_VERSION))
 
     def _start_node(self, host: Host) -> ForkServer:
         assert self._koffi is not None
@@ -237,8 +239,7 @@ class ForkServerEngine:
             *environment_of({**environment_inside(host, "javascript"), "FORK_SERVER": "1"}),
             command_of([node, *options, LANGUAGES["javascript"].file_name]),
         ]
-        collect = [str(host.interpreters["python"].inside), "-I", "-S", "/preload/collect.py"]
-        setup = {"filters": [one.hex() for one in self._filters], "preload": [], "collect": collect}
+        setup = {"filters": [one.hex() for one in self._filters], "firstProcess": self._first_process.hex()}
         return self._start(host, lines, json.dumps(setup).encode())
 
     def _start(self, host: Host, lines: list[str], setup: bytes) -> ForkServer:
@@ -252,12 +253,12 @@ class ForkServerEngine:
             *tree(host, NAMED_UIDS if host.is_root else 1),
             f"seccomp_string: {quoted(kafel_of_fork_server())}",
             *users,
-            *(f'cap: "CAP_{right}"' for right in ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP")),
+            *(f'cap: "CAP_{right}"' for right in ("SYS_ADMIN", "SETUID", "SETGID", "SETPCAP", "KILL")),
             "time_limit: 0",
             "rlimit_nofile_type: HARD",
             "rlimit_nproc_type: HARD",
             *(folder(place) for place in ("/tmp", "/work", "/dev/shm", "/forkserver", "/preload")),  # noqa: S108
-            *(content(f"/preload/{name}", (CHILD / name).read_text()) for name in ("preload.cjs", "collect.py")),
+            content("/preload/preload.cjs", (CHILD / "preload.cjs").read_text()),
             *lines,
         ]
         leaf = host.groups.leaf()

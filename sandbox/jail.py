@@ -111,7 +111,12 @@ class Jail:
         self._fds.give(*self._pipes)
         watch = Watch(job, channel, self.leaf, self._pipes)
         setup = loop.call_later(SETUP_SECONDS, lambda: watch.failed("the jail was not ready in time"))
-        reports = Reports(self._report, job.return_bytes, setup.cancel)
+
+        def started(at: float) -> None:
+            setup.cancel()
+            watch.started(at)
+
+        reports = Reports(self._report, job.return_bytes, started, watch.ended)
         loop.add_reader(self._report, lambda: self._heard(reports, watch))
         loop.add_reader(self._log_fd, self._read_log)
         try:
@@ -135,7 +140,7 @@ class Jail:
 
     def _heard(self, reports: Reports, watch: Watch) -> None:
         """An end of file without a report of the program's end means that the jail was not made or did not last."""
-        if not reports.heard(watch):
+        if not reports.heard():
             asyncio.get_running_loop().remove_reader(self._report)
             watch.lost(lambda: f"the jail could not be made: {self._reason()}")
 

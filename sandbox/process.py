@@ -42,10 +42,14 @@ class Pipes(NamedTuple):
 class Watch:
     """One run under watch. Its engine says when the program starts and when it is over; the watch does the rest."""
 
-    def __init__(self, job: Job, channel: Channel, group: Group, pipes: Pipes) -> None:
+    def __init__(
+        self, job: Job, channel: Channel, group: Group, pipes: Pipes, kill: Callable[[], None] | None = None
+    ) -> None:
+        """`kill` ends all processes of the run where there is a quicker way than the group's."""
         self._job = job
         self._channel = channel
         self._group = group
+        self._kill = kill or group.kill
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
         self._facts = Facts()
@@ -66,12 +70,14 @@ class Watch:
         self._group.watch_oom(self.end)
         self._check_cpu()
 
-    def ended(self, at: float, **facts: Any) -> None:
-        """The program's first process was over at `at`, unless we had ended it before; `facts` say how."""
-        if not self._over.is_set():
-            self._ended = at
-            self._facts = replace(self._facts, **facts)
-            self._over.set()
+    def ended(self, at: float, **facts: Any) -> bool:
+        """The program's first process was over at `at`; `facts` say how. False if the run had been ended before."""
+        if self._over.is_set():
+            return False
+        self._ended = at
+        self._facts = replace(self._facts, **facts)
+        self._over.set()
+        return True
 
     def lost(self, reason: Callable[[], str]) -> None:
         """Nothing more will be heard of the run: a fault of ours, unless its end is known or memory ran out."""
@@ -93,7 +99,7 @@ class Watch:
             self._ended = time.monotonic()
             self._facts = replace(self._facts, signal="SIGKILL", **why)  # type: ignore[arg-type]
             self._over.set()
-        self._group.kill()
+        self._kill()
 
     async def outcome(self) -> Outcome:
         """Waits for the end, whoever brings it, and for what is still in the pipes."""
@@ -101,12 +107,12 @@ class Watch:
         try:
             await self._over.wait()
             self._stop_clocks()
-            self._group.kill()
+            self._kill()
             for reader in (self._out, self._err):
                 await reader.drained(PIPE_GRACE_S)
             return conclude(self._job, self._complete(), self._out.kept, self._err.kept)
         except BaseException:
-            self._group.kill()
+            self._kill()
             raise
         finally:
             listener.cancel()

@@ -101,7 +101,7 @@ print("kept" if set(pids) <= {1, os.getpid()} else pids)
 """,
     ),
     Promise(
-        "init", "A program can neither look into nor end the process that started it", "undumpable init, pid 1",
+        "init", "A program can neither look into nor end the first process beside it", "undumpable pid 1",
         """
 import os, signal
 gained = []

@@ -6,7 +6,6 @@ import os
 import socket
 from collections.abc import Callable
 
-from sandbox.process import Watch
 from sandbox.signals import signal_name
 
 REPORT_BYTES = 1 << 16
@@ -15,16 +14,19 @@ REPORT_BYTES = 1 << 16
 class Reports:
     """The server's end of the socket. What arrives is of our own code, but is believed no further than it must be."""
 
-    def __init__(self, end: socket.socket, most_file_bytes: int, started: Callable[[], None]) -> None:
-        """`started` is called when the program starts."""
+    def __init__(
+        self, end: socket.socket, most_file_bytes: int, started: Callable[[float], None], ended: Callable[..., object]
+    ) -> None:
+        """Calls `started` and `ended` with the time (seconds, monotonic clock), and `ended` with facts by name."""
         self._end = end
         self._started = started
+        self._ended = ended
         self._room = most_file_bytes
         self._files: dict[str, bytearray] = {}
         self._files_cut = False
 
-    def heard(self, watch: Watch) -> bool:
-        """Takes one report to the watch. Gives False when there will be no more."""
+    def heard(self) -> bool:
+        """Takes one report. Gives False when there will be no more."""
         try:
             report = self._end.recv(REPORT_BYTES)
         except BlockingIOError:
@@ -42,13 +44,12 @@ class Reports:
             case [b"cut"]:
                 self._files_cut = True
             case [b"started", nanoseconds]:
-                self._started()
-                watch.started(int(nanoseconds) / 1e9)
+                self._started(int(nanoseconds) / 1e9)
             case [b"ended", nanoseconds, status]:
                 code = os.waitstatus_to_exitcode(int(status))
                 how = {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
                 files = {name: bytes(text) for name, text in self._files.items()}
-                watch.ended(int(nanoseconds) / 1e9, files=files, files_cut=self._files_cut, **how)
+                self._ended(int(nanoseconds) / 1e9, files=files, files_cut=self._files_cut, **how)
             case _:
                 return False
         return True

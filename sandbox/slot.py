@@ -6,10 +6,14 @@ import asyncio
 import contextlib
 import os
 import select
+import signal
 import socket
 import struct
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
+from sandbox.child.collect import collect
 from sandbox.forkjail import ForkServer
 from sandbox.jail import SETUP_SECONDS, JailGroup
 from sandbox.model import Channel, Job, Outcome
@@ -17,8 +21,6 @@ from sandbox.pipes import Descriptors
 from sandbox.process import Watch
 from sandbox.report import REPORT_BYTES, Reports
 
-OWN_PROCESSES = 1
-"""The first process of its pid namespace is in a run's control group beside the program."""
 CREDENTIALS = struct.Struct("3i")
 
 
@@ -41,6 +43,7 @@ class Slot:
             OSError: it could not do it; the text says why.
         """
         self.leaf = leaf
+        self._left_files = False
         self._give_back = give_back
         self._fds = Descriptors()
         theirs, self._pipes = self._fds.standard_streams(uid)
@@ -53,11 +56,11 @@ class Slot:
             server.fork(request, [far_end.fileno(), self._job, *theirs, *entrances])
             far_end.close()
             self._fds.close(*theirs)
-            pid = self._hear(b"init")
-            self._pidfd = self._fds.keep(os.pidfd_open(pid))
+            init, self._program = self._await_ready()
+            self._pidfd = self._fds.keep(os.pidfd_open(init))
             if not entrances:
-                leaf.add(pid)
-            self._hear(b"ready")
+                leaf.add(init)
+                leaf.add(self._program)
         except OSError:
             far_end.close()
             self._end.close()
@@ -69,32 +72,49 @@ class Slot:
         """Whether it still waits."""
         return not _readable(self._pidfd)
 
-    def begin(self, task: bytes) -> None:
-        """Gives it the job."""
+    def begin(self, job: Job, task: bytes) -> None:
+        """Gives it the job, which `task` describes."""
         left = memoryview(task)
         while left:
             left = left[os.pwrite(self._job, left, len(task) - len(left)) :]  # the shared offset stays at 0
         with contextlib.suppress(OSError):  # it is gone, which the watch will find
+            if job.return_files:
+                self._folder = self._fds.keep(os.open(f"/proc/{self._program}/cwd", os.O_PATH | os.O_CLOEXEC))
             self._end.send(b"g")
 
     async def watch(self, job: Job, channel: Channel) -> Outcome:
-        """The run, to its end; its last process is gone by then."""
+        """The run, to the end of its program, and of whatever it has left running when this end was reported."""
         loop = asyncio.get_running_loop()
         self._fds.give(*self._pipes)
-        watch = Watch(job, channel, self.leaf, self._pipes)
+        watch = Watch(job, channel, self.leaf, self._pipes, self._kill)
         setup = loop.call_later(SETUP_SECONDS, lambda: watch.failed("the program was not started in time"))
-        reports = Reports(self._end, job.return_bytes, setup.cancel)
-        loop.add_reader(self._end, lambda: self._heard(reports, watch))
+
+        def started(at: float) -> None:
+            setup.cancel()
+            watch.started(at)
+
+        def ended(at: float, **facts: Any) -> None:
+            self._left_files = watch.ended(at, **facts) and job.return_files
+
+        reports = Reports(self._end, 0, started, ended)
+        loop.add_reader(self._end.fileno(), lambda: self._heard(reports, watch))
         try:
             return await watch.outcome()
         finally:
             setup.cancel()
-            loop.remove_reader(self._end)
+            loop.remove_reader(self._end.fileno())
+
+    async def files(self, job: Job, outcome: Outcome) -> Outcome:
+        """The outcome, with the files that the program has left, once nobody is at work there any more."""
+        if not self._left_files:
+            return outcome
+        files, cut = await asyncio.to_thread(collect, f"/proc/self/fd/{self._folder}", job.return_bytes)
+        return replace(outcome, facts=replace(outcome.facts, files=files, files_cut=cut))
 
     async def gone(self) -> None:
-        """Ends whatever is left of it and waits until the last process is gone."""
+        """Ends whatever is left of it and waits for the last process to go."""
         if not _readable(self._pidfd):
-            self.leaf.kill()
+            self._kill()
             loop = asyncio.get_running_loop()
             over: asyncio.Future[None] = loop.create_future()
             loop.add_reader(self._pidfd, _settle, over)
@@ -112,19 +132,26 @@ class Slot:
             self._fds.close_all()
             self._give_back()
 
-    def _hear(self, expected: bytes) -> int:
-        """Waits for one word of the slot's; gives the process id, outside, of the one who said it."""
-        word, ancillary, _, _ = self._end.recvmsg(REPORT_BYTES, socket.CMSG_SPACE(CREDENTIALS.size))
-        if not word:
-            raise ForkServerLost("a fork server is gone")
-        if word != expected:
-            raise OSError(f"a fork server's child did not start: {word.decode(errors='replace')}")
-        pid, _, _ = CREDENTIALS.unpack(ancillary[0][2])
-        return int(pid)
+    def _kill(self) -> None:
+        """The kernel ends a pid namespace with its first process."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _await_ready(self) -> tuple[int, int]:
+        """Waits for the first process of the pid namespace and for the program's; gives their ids outside."""
+        pids: dict[bytes, int] = {}
+        while pids.keys() != {b"init", b"ready"}:
+            word, ancillary, _, _ = self._end.recvmsg(REPORT_BYTES, socket.CMSG_SPACE(CREDENTIALS.size))
+            if not word:
+                raise ForkServerLost("a fork server is gone")
+            if word not in (b"init", b"ready"):
+                raise OSError(f"a fork server's child did not start: {word.decode(errors='replace')}")
+            pids[word], _, _ = CREDENTIALS.unpack(ancillary[0][2])
+        return pids[b"init"], pids[b"ready"]
 
     def _heard(self, reports: Reports, watch: Watch) -> None:
-        if not reports.heard(watch):
-            asyncio.get_running_loop().remove_reader(self._end)
+        if not reports.heard():
+            asyncio.get_running_loop().remove_reader(self._end.fileno())
             watch.lost(lambda: "the fork server ended, and the run with it")
 
 

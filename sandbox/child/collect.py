@@ -1,12 +1,7 @@
-"""Reads the regular files that a program has left in its folder. Used inside jails: standard library only.
-
-As a script it is what a jail's first process becomes when the program has ended: `collect.py FD BYTES REPORT` reports
-the files through the socket FD, and then REPORT.
-"""
+"""Reads the regular files that a program has left in its folder. Used inside jails too: standard library only."""
 
 import os
 import stat
-import sys
 
 MOST_FILES = 201
 """As many as a job may bring and may get back, and the program itself."""
@@ -76,8 +71,3 @@ def _visit(folder: int, path: str, found: dict[str, bytes], most_bytes: int, dep
         finally:
             os.close(entry)
     return complete
-
-
-if __name__ == "__main__":
-    end_others_and_report(int(sys.argv[1]), int(sys.argv[2]))
-    os.write(int(sys.argv[1]), os.fsencode(sys.argv[3]))

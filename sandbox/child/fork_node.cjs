@@ -14,28 +14,36 @@ const koffi = require('/forkserver/node_modules/koffi')
 const MESSAGE_BYTES = 1 << 18
 const MOST_DESCRIPTORS = 16
 const [REPORT, JOB, STDIN, FIRST_GROUP] = [0, 1, 2, 5]
-const HEADER_BYTES = 8
 
 const CLONE_NEWPID = 0x20000000
 const CLONE_OTHERS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000 // ns, cgroup, uts, ipc, net
 const [MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MNT_DETACH] = [1, 2, 4, 8, 2]
 const [PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS] = [4, 22, 24, 38]
+const [PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL] = [47, 4]
 const [SECCOMP_MODE_FILTER, INSTRUCTION_BYTES] = [2, 8]
 const CAPABILITY_VERSION_3 = 0x20080522
-const [SIGINT, SIGCHLD] = [2, 17]
-const [SIG_DFL, SIG_IGN] = [0, 1]
+const SIGKILL = 9
 const EINTR = 4
+const [MSG_CMSG_CLOEXEC, POLLIN, POSIX_SPAWN_SETPGROUP] = [0x40000000, 1, 2]
+const SYS = { x64: { setresuid: 117, setresgid: 119 }, arm64: { setresuid: 147, setresgid: 149 } }[process.arch]
+SYS.pidfd_open = 434
+const [O_PATH, O_CLOEXEC] = [0x200000, 0x80000]
 const RLIMIT_NOFILE = 7
 
 const self = koffi.load(null)
 const libc = {}
 for (const declaration of [
-  'long recvmsg(int, void *, int)', 'int fork()', 'int setsid()', 'int unshare(int)', 'int setns(int, int)',
+  'long recvmsg(int, void *, int)', 'int fork()', 'int setpgid(int, int)', 'int unshare(int)', 'int setns(int, int)',
   'int mount(str, str, str, unsigned long, str)', 'int umount2(str, int)', 'int dup2(int, int)', 'int close(int)',
-  'int setresuid(uint, uint, uint)', 'int setresgid(uint, uint, uint)', 'int capset(void *, void *)',
   'int prctl(int, unsigned long, uintptr_t, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
-  'uintptr_t signal(int, uintptr_t)', 'long getrandom(void *, size_t, uint)', 'int setrlimit(int, void *)', 'int execv(str, const char **)', 'void _exit(int)',
-  'void *dlsym(uintptr_t, str)', 'void *uv_default_loop()', 'int uv_loop_fork(void *)'
+  'int kill(int, int)', 'int poll(void *, unsigned long, int)', 'long syscall(long, long, long, long)',
+  'int posix_spawn(void *, str, void *, void *, const char **, const char **)',
+  'int posix_spawn_file_actions_init(void *)', 'int posix_spawn_file_actions_destroy(void *)',
+  'int posix_spawn_file_actions_addclose(void *, int)', 'int posix_spawn_file_actions_adddup2(void *, int, int)',
+  'int posix_spawnattr_init(void *)', 'int posix_spawnattr_setflags(void *, short)',
+  'long getrandom(void *, size_t, uint)', 'int setrlimit(int, void *)', 'int capset(void *, void *)', 'void _exit(int)',
+  'int memfd_create(str, uint)', 'int open(str, int)', 'void *dlsym(uintptr_t, str)', 'void *uv_default_loop()',
+  'int uv_loop_fork(void *)'
 ]) {
   libc[declaration.match(/(\w+)\(/)[1]] = self.func(declaration)
 }
@@ -62,29 +70,45 @@ function steady (bytes) {
 
 /** Forks a child for every request. Returns in the child that is to be the program, and nowhere else. */
 function serve () {
-  const { setup, filters } = begin()
+  const { filters, startFirst } = begin()
   const receive = receiver()
+  const ends = new Ends()
+  const [ownUser, ownGroup] = [process.getuid(), process.getgid()]
   const ownPids = fs.openSync('/proc/self/ns/pid', 'r')
   for (;;) {
+    ends.reportedUntilRequest()
     const { text, descriptors } = receive()
     if (!text) libc._exit(0) // the server is gone
     const request = JSON.parse(text)
-    call('unshare', CLONE_NEWPID) // for the next child only
-    if (call('fork') === 0) {
+    const [report, job] = descriptors
+    let init, program
+    try {
+      call('unshare', CLONE_NEWPID) // for the next children only
+      become(request.user, request.user)
+      init = startFirst(report)
+      ends.watch(init)
+      program = call('fork')
+    } catch (failure) {
+      fs.writeSync(report, `failed: ${failure.message}`)
+      libc._exit(1)
+    }
+    if (program === 0) {
       try {
         libc.close(ownPids)
-        makeWorld(request, filters, descriptors)
-        const program = call('fork')
-        if (program !== 0) awaitEnd(program, descriptors, setup.collect)
+        ends.forget()
+        makeWorld(request.scratch, descriptors.slice(FIRST_GROUP))
+        giveUpRights(request.open_files, filters)
         becomeProgram(descriptors)
       } catch (failure) {
-        fs.writeSync(descriptors[REPORT], `failed: ${failure.message}`)
+        fs.writeSync(report, `failed: ${failure.message}`)
         libc._exit(1)
       }
-      return { report: descriptors[REPORT], job: descriptors[JOB] }
+      return { report, job }
     }
+    become(ownUser, ownGroup)
     call('setns', ownPids, CLONE_NEWPID)
-    for (const descriptor of descriptors) libc.close(descriptor)
+    ends.watch(program, init, report)
+    for (const descriptor of descriptors.slice(JOB)) libc.close(descriptor)
   }
 }
 
@@ -99,12 +123,84 @@ function begin () {
     program.writeBigUInt64LE(BigInt(koffi.address(instructions)), 8)
     return { program, instructions }
   })
-  for (const name of setup.preload) require(name)
   rehearse()
   for (let capability = 0; libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) === 0;) capability++
-  libc.signal(SIGCHLD, SIG_IGN) // the kernel reaps
+  call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) // a program that is started has no rights
+  const startFirst = firstProcesses(Buffer.from(setup.firstProcess, 'hex'))
   fs.writeSync(0, 'ready')
-  return { setup, filters }
+  return { filters, startFirst }
+}
+
+/**
+ * A function that starts a pid namespace's first process, as the leader of a process group. Its file is one that nobody
+ * may read: so no process can look into one that runs it.
+ */
+function firstProcesses (content) {
+  const file = call('memfd_create', 'init', 1) // MFD_CLOEXEC
+  fs.writeSync(file, content)
+  const path = `/proc/self/fd/${call('open', `/proc/self/fd/${file}`, O_PATH | O_CLOEXEC)}`
+  fs.fchmodSync(file, 0o111)
+  libc.close(file) // what is open for writing cannot be executed
+  const [attributes, actions, pid] = [steady(512), steady(512), steady(4)]
+  libc.posix_spawnattr_init(attributes)
+  libc.posix_spawnattr_setflags(attributes, POSIX_SPAWN_SETPGROUP) // and the group is a new one, unless told otherwise
+  return (report) => {
+    libc.posix_spawn_file_actions_init(actions)
+    for (const number of [0, 1, 2]) libc.posix_spawn_file_actions_addclose(actions, number)
+    libc.posix_spawn_file_actions_adddup2(actions, report, 3)
+    const error = libc.posix_spawn(pid, path, actions, attributes, ['init', null], [null])
+    libc.posix_spawn_file_actions_destroy(actions)
+    if (error !== 0) throw new Error(`posix_spawn failed with error ${error}`)
+    return pid.readInt32LE(0)
+  }
+}
+
+/** The processes that were forked and have not ended. */
+class Ends {
+  #living = new Map()
+
+  /** When `pid` has ended, so will its `init`, and `report`, which is taken over, is told. */
+  watch (pid, init = 0, report = -1) {
+    this.#living.set(call('syscall', SYS.pidfd_open, pid, 0, 0), { pid, init, report })
+  }
+
+  /** Hears of ends until there is something to read from the server. */
+  reportedUntilRequest () {
+    for (;;) {
+      const descriptors = [...this.#living.keys(), 0]
+      const set = Buffer.alloc(8 * descriptors.length) // of struct pollfd
+      descriptors.forEach((descriptor, place) => {
+        set.writeInt32LE(descriptor, 8 * place)
+        set.writeInt16LE(POLLIN, 8 * place + 4)
+      })
+      if (libc.poll(set, descriptors.length, -1) === -1) continue // a signal came
+      const ready = descriptors.filter((_, place) => set.readInt16LE(8 * place + 6) !== 0)
+      for (const pidfd of ready) if (pidfd !== 0) this.#ended(pidfd)
+      if (ready.length === 1 && ready[0] === 0) return
+    }
+  }
+
+  /** For a child: they are not its own. */
+  forget () {
+    for (const [pidfd, { report }] of this.#living) {
+      libc.close(pidfd)
+      if (report !== -1) libc.close(report)
+    }
+  }
+
+  #ended (pidfd) {
+    const { pid, init, report } = this.#living.get(pidfd)
+    this.#living.delete(pidfd)
+    libc.close(pidfd)
+    const status = Buffer.alloc(4)
+    call('waitpid', pid, status, 0)
+    if (init) {
+      const ended = `ended ${process.hrtime.bigint()} ${status.readInt32LE(0)}`
+      call('kill', init, SIGKILL)
+      try { fs.writeSync(report, ended) } catch {} // the server does not listen any more
+      libc.close(report)
+    }
+  }
 }
 
 /** Does once what nearly every program does, so that it need not be loaded and compiled in each child. */
@@ -134,7 +230,7 @@ function receiver () {
     let length
     do {
       header.writeBigUInt64LE(BigInt(controlBytes), 40)
-      length = libc.recvmsg(0, header, 0)
+      length = libc.recvmsg(0, header, MSG_CMSG_CLOEXEC)
     } while (length === -1 && koffi.errno() === EINTR)
     const descriptors = []
     const end = length > 0 && header.readBigUInt64LE(40) >= 16n ? Number(control.readBigUInt64LE(0)) : 0
@@ -143,69 +239,53 @@ function receiver () {
   }
 }
 
-/** Becomes the first process of a new world, with nothing in it and no right to change it. */
-function makeWorld (request, filters, descriptors) {
-  libc.signal(SIGCHLD, SIG_DFL)
-  call('setsid') // a signal to its process group does not reach others
-  for (const group of descriptors.slice(FIRST_GROUP)) { // from here on, what is used counts as the run's
+/** Takes another user's place; the rights stay. Where there is one user only, it is nobody else's. */
+function become (user, group) {
+  if (user === process.getuid()) return
+  call('syscall', SYS.setresgid, group, group, group) // not libc's own, which stops all threads first
+  call('syscall', SYS.setresuid, user, user, user)
+}
+
+/** Moves into a new world, with nothing in it. */
+function makeWorld (scratch, groups) {
+  call('setpgid', 0, 1) // a signal to its process group does not reach others
+  for (const group of groups) { // from here on, what is used counts as the run's
     fs.writeSync(group, '0')
     libc.close(group)
   }
-  fs.writeSync(descriptors[REPORT], 'init')
   call('unshare', CLONE_OTHERS)
   call('mount', 'proc', '/proc', 'proc', MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, null)
   for (const place of ['/tmp', '/work', '/dev/shm']) {
-    call('mount', 'tmpfs', place, 'tmpfs', MS_NOSUID | MS_NODEV, request.scratch)
+    call('mount', 'tmpfs', place, 'tmpfs', MS_NOSUID | MS_NODEV, scratch)
   }
   call('umount2', '/forkserver', MNT_DETACH)
   process.chdir('/work')
-  giveUpRights(request, filters)
-  call('prctl', PR_SET_DUMPABLE, 0, 0, 0, 0) // the program will have the same user
 }
 
-/** What the first process does from then on: reaps, and reports the program's end. */
-function awaitEnd (program, descriptors, collect) {
-  const [report, job] = descriptors
-  libc.signal(SIGINT, SIG_IGN) // of all signals, process 1 hears only those that it handles
-  for (const descriptor of [0, 1, 2, ...descriptors.slice(STDIN, FIRST_GROUP)]) libc.close(descriptor)
-  const status = Buffer.alloc(4)
-  while (libc.waitpid(-1, status, 0) !== program);
-  const ended = `ended ${process.hrtime.bigint()} ${status.readInt32LE(0)}`
-  const header = Buffer.alloc(HEADER_BYTES)
-  fs.readSync(job, header, 0, HEADER_BYTES, 0)
-  if (header.readBigUInt64LE(0)) {
-    libc.execv(collect[0], [...collect, String(report), String(header.readBigUInt64LE(0)), ended, null])
-  }
-  fs.writeSync(report, ended)
-  libc._exit(0)
-}
-
-/** Takes the standard streams, and becomes a node like one that has just been started. */
-function becomeProgram (descriptors) {
-  call('prctl', PR_SET_DUMPABLE, 1, 0, 0, 0)
-  for (const number of [0, 1, 2]) call('dup2', descriptors[STDIN + number], number)
-  loseInheritance(descriptors)
-  call('uv_loop_fork', libc.uv_default_loop())
-  Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
-  reseed()
-  leaveEarly()
-}
-
-/** Takes the slot's user and drops every right that could be used or regained. */
-function giveUpRights ({ user, open_files: openFiles }, filters) {
+/** Drops every right that could be used or regained. */
+function giveUpRights (openFiles, filters) {
   const limit = Buffer.alloc(16) // struct rlimit
   limit.writeBigUInt64LE(BigInt(openFiles), 0)
   limit.writeBigUInt64LE(BigInt(openFiles), 8)
   call('setrlimit', RLIMIT_NOFILE, limit)
-  if (user !== process.getuid()) {
-    call('setresgid', user, user, user)
-    call('setresuid', user, user, user)
-  }
   const version = Buffer.alloc(8)
   version.writeUInt32LE(CAPABILITY_VERSION_3, 0)
   call('capset', version, Buffer.alloc(24))
   call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
   for (const { program } of filters) call('prctl', PR_SET_SECCOMP, SECCOMP_MODE_FILTER, koffi.address(program), 0, 0)
+  call('prctl', PR_SET_DUMPABLE, 1, 0, 0, 0)
+}
+
+/** Takes the standard streams, and becomes a node like one that has just been started. */
+function becomeProgram (descriptors) {
+  for (const number of [0, 1, 2]) call('dup2', descriptors[STDIN + number], number)
+  loseInheritance(descriptors)
+  call('uv_loop_fork', libc.uv_default_loop())
+  Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
+  // Its parent is outside of its pid namespace. With 0 for it, a signal would reach one's own process group.
+  Object.defineProperty(process, 'ppid', { ...Object.getOwnPropertyDescriptor(process, 'ppid'), value: 1 })
+  reseed()
+  leaveEarly()
 }
 
 /**

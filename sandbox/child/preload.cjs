@@ -22,11 +22,10 @@ if (isMainThread) {
 
 /** Waits for the job and leaves node as it is when it is about to run main.js. */
 function awaitJob (fs, report, job) {
-  const HEADER_BYTES = 8
   fs.writeSync(report, 'ready')
   if (fs.readSync(report, Buffer.alloc(1)) === 0) process.reallyExit(0) // not wanted any more
-  const text = Buffer.alloc(fs.fstatSync(job).size - HEADER_BYTES)
-  fs.readSync(job, text, 0, text.length, HEADER_BYTES)
+  const text = Buffer.alloc(fs.fstatSync(job).size)
+  fs.readSync(job, text, 0, text.length, 0)
   fs.closeSync(job)
   const { args, files } = JSON.parse(text.toString())
   for (const [name, content] of Object.entries(files)) {

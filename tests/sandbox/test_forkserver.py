@@ -179,6 +179,20 @@ def jailed() -> Iterable[psutil.Process]:
         yield from psutil.Process(jail).children()
 
 
+def test_a_fork_server_is_in_its_group_before_it_starts() -> None:
+    async def main() -> None:
+        async with opened("forkserver"):
+            in_groups: dict[Path, set[int]] = {}
+            for leaf in leaves():
+                if leaf.name.startswith("run-"):
+                    in_groups.setdefault(leaf.parent, set()).update(
+                        int(pid) for pid in (leaf / "cgroup.procs").read_text().split()
+                    )
+            assert all({process.pid for process in jailed()} <= pids for pids in in_groups.values()), in_groups
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("language", ["python", "javascript"])
 def test_a_killed_fork_server_ends_its_runs_and_is_replaced(language: Language) -> None:
     eternal = {
@@ -226,9 +240,12 @@ def test_many_runs_leave_nothing_that_grows() -> None:
         for _ in range(20):
             await run(engine, "print(1)")
             with contextlib.suppress(AssertionError):
-                await until(lambda: held().processes == AT_REST, 2)
+                await until(lambda: held().processes == others + AT_REST, 2)
                 return held()
-        raise AssertionError(f"{held()} is never at rest")
+        seen = [(process.ppid(), process.name(), process.cmdline()) for process in children()]
+        raise AssertionError(f"{held()} is never at rest: {seen}")
+
+    others = len(children())
 
     async def main() -> None:
         async with opened("forkserver") as engine:
@@ -361,6 +378,7 @@ ENDS = {
     "its own frame": "import sys, traceback; traceback.print_stack(); print(sys._getframe().f_back, __file__)",
     "its own name": "print(__name__, __spec__, __loader__.__class__.__name__, __builtins__.__name__, __doc__)",
     "its place": "import sys, os; print(sys.argv, sys.orig_argv[1:], sys.path[0], os.getcwd(), sys.flags)",
+    "its parent": "import os, posix; print(os.getpid(), os.getppid(), posix.getppid())",
     "its environment": "import os; print(sorted(os.environ.items()))",
 }
 
@@ -503,7 +521,10 @@ def test_runs_at_once_have_different_users_outside() -> None:
             running = [asyncio.ensure_future(engine.run(Job("python", sleep), channel)) for _ in range(6)]
             await until(lambda: started["stdout"] >= 6, 30)
             users = [
-                process.uids().real for jail in jailed() for first in jail.children() for process in first.children()
+                process.uids().real
+                for server in jailed()
+                for process in server.children()
+                if process.cmdline() != ["init"]
             ]
             assert len(set(users)) == len(users) >= 6
             assert min(users) > 0
