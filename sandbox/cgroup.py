@@ -82,6 +82,8 @@ READ_BYTES = 4096
 """More than any file has but the list of processes."""
 REUSABLE_BYTES = 1 << 20
 """What a group may still hold after its run, and be used for another: pages that the kernel frees a moment later."""
+ROOMY = Limits(memory_bytes=32 << 20, processes=8)
+"""With less, what is made ahead of the next run would not fit into a group that keeps its limits."""
 
 
 class Cgroups:
@@ -121,10 +123,13 @@ class Leaf:
         """`free` is where it waits for its next use."""
         self._layout = layout
         self._folders = folders
+        self._controllers = {folder: controller for controller, folder in folders.items()}.values()
         self._places = set(folders.values())  # controllers that are mounted together share one
         self._free = free
-        self._open: dict[tuple[Path, int], int] = {}
+        self._open: dict[tuple[str, str, int], int] = {}
+        self._limits: tuple[int, int] | None = None
         self._oom_fd: int | None = None
+        self._is_watched = False
         self._oom_told = 0
         self._oom_kills_before = self._refused_forks_before = 0
 
@@ -136,11 +141,18 @@ class Leaf:
             self._write(("", "memory.oom.group"), 1)
 
     def limit(self, limits: Limits, extra_processes: int = 0) -> None:
-        """Sets the limits, for the first time; `extra_processes` of our own are allowed beside the program's.
+        """Sets the limits; `extra_processes` of our own are allowed beside the program's.
 
         Raises:
             TooLittleMemory: more is in use already.
         """
+        wanted = (limits.memory_bytes, limits.processes + extra_processes)
+        if wanted == self._limits:  # those of the run before
+            return
+        if self._limits is not None:
+            with contextlib.suppress(OSError):
+                self._write(self._layout.swap_max, -1)  # version 1 keeps it above the other
+        self._limits = None
         try:
             self._write(self._layout.memory_max, limits.memory_bytes)
         except OSError as failure:
@@ -150,6 +162,7 @@ class Leaf:
         with contextlib.suppress(OSError):  # a kernel without swap accounting has no such file; check() says so
             self._write(self._layout.swap_max, limits.memory_bytes if self._layout.swap_includes_memory else 0)
         self._write(self._layout.pids_max, limits.processes + extra_processes)
+        self._limits = wanted
 
     def add(self, pid: int) -> None:
         """Puts a process, and so whatever it will fork, into the group."""
@@ -161,19 +174,20 @@ class Leaf:
 
         One that moves itself, without threads, moves at once; moving another makes all processors take note first.
         """
-        return [self._fd(folder / "cgroup.procs", os.O_WRONLY) for folder in self._places]
+        return [self._fd((controller, "cgroup.procs"), os.O_WRONLY) for controller in self._controllers]
 
     def watch_oom(self, on_oom: Callable[[], None]) -> None:
         """Calls `on_oom` from the event loop when the kernel had to kill for memory (version 1: version 2 has
         `memory.oom.group`, with which the kernel ends the whole run by itself)."""
         if self._layout is V2:
             return
-        controller, name = self._layout.oom_events
-        self._oom_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        control = self._fd(self._folders[controller] / name, os.O_RDONLY)
-        events = self._fd(self._folders[controller] / "cgroup.event_control", os.O_WRONLY)
-        os.write(events, f"{self._oom_fd} {control}".encode())
+        if self._oom_fd is None:
+            self._oom_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            control = self._fd(self._layout.oom_events, os.O_RDONLY)
+            events = self._fd((self._layout.oom_events[0], "cgroup.event_control"), os.O_WRONLY)
+            os.write(events, f"{self._oom_fd} {control}".encode())
         asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_happened, on_oom)
+        self._is_watched = True
 
     def _oom_happened(self, on_oom: Callable[[], None]) -> None:
         self._hear_of_oom()
@@ -214,6 +228,7 @@ class Leaf:
 
     def kill(self) -> None:
         """Sends SIGKILL to every process; first forbids new ones, so that none slips through."""
+        self._limits = None
         self._write(self._layout.pids_max, 0)
         for pid in self.pids():
             with contextlib.suppress(ProcessLookupError):
@@ -252,19 +267,29 @@ class Leaf:
 
     def close(self) -> None:
         """Closes its files."""
+        if self._oom_fd is not None:
+            os.close(self._oom_fd)
+            self._oom_fd = None
         while self._open:
             os.close(self._open.popitem()[1])
 
     def _is_like_new(self) -> bool:
-        """Whether nothing of the run is left in it. Counters that cannot be reset go on from where they are."""
+        """Whether nothing of the run is left but its limits, if they leave room for what is made ahead of the next.
+
+        Counters that cannot be reset go on from where they are.
+        """
         layout = self._layout
         if not layout.peak_can_be_reset or self.pids() or int(self._read(layout.memory_now)) > REUSABLE_BYTES:
             return False
-        with contextlib.suppress(OSError):
-            self._write(layout.swap_max, -1)
-        self._write(layout.memory_max, -1)
-        self._write(layout.pids_max, "max")
+        memory, processes = self._limits or (0, 0)
+        if memory < ROOMY.memory_bytes or processes < ROOMY.processes:
+            with contextlib.suppress(OSError):
+                self._write(layout.swap_max, -1)
+            self._write(layout.memory_max, -1)
+            self._write(layout.pids_max, "max")
+            self._limits = None
         self._write(layout.memory_peak, 0)
+        self._hear_of_oom()
         self._oom_told = 0
         self._oom_kills_before, self._refused_forks_before = self._all_oom_kills(), self._all_refused_forks()
         return True
@@ -276,25 +301,24 @@ class Leaf:
         return _field(self._read(self._layout.pids_events), "max")
 
     def _stop_watching_oom(self) -> None:
-        if self._oom_fd is not None:
+        if self._oom_fd is not None and self._is_watched:
             asyncio.get_running_loop().remove_reader(self._oom_fd)
-            os.close(self._oom_fd)
-            self._oom_fd = None
+        self._is_watched = False
 
     def _read(self, knob: tuple[str, str]) -> str:
-        controller, name = knob
-        fd = self._fd(self._folders[controller] / name, os.O_RDONLY)
-        return os.pread(fd, READ_BYTES, 0).decode()
+        return os.pread(self._fd(knob, os.O_RDONLY), READ_BYTES, 0).decode()
 
     def _write(self, knob: tuple[str, str], value: int | str) -> None:
-        controller, name = knob
-        os.pwrite(self._fd(self._folders[controller] / name, os.O_WRONLY), str(value).encode(), 0)
+        os.pwrite(self._fd(knob, os.O_WRONLY), str(value).encode(), 0)
 
-    def _fd(self, path: Path, mode: int) -> int:
+    def _fd(self, knob: tuple[str, str], mode: int) -> int:
+        controller, name = knob
+        key = controller, name, mode
         try:
-            return self._open[path, mode]
+            return self._open[key]
         except KeyError:
-            return self._open.setdefault((path, mode), os.open(path, mode | os.O_CLOEXEC))
+            path = self._folders[controller] / name
+            return self._open.setdefault(key, os.open(path, mode | os.O_CLOEXEC))
 
 
 def _field(text: str, name: str) -> int:
