@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+import uvloop
 from tornado.httpserver import HTTPServer
 from tornado.netutil import bind_sockets
 from tornado.web import Application
@@ -285,7 +286,8 @@ def main(argv: list[str]) -> int:
 def _serve_alone(settings: Settings, number: int) -> int:
     """One process; gives its exit code."""
     try:
-        asyncio.run(_serve(settings, number))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(_serve(settings, number))
     except CannotServe as failure:
         print(f"server.py: {failure}", file=sys.stderr)
         return CANNOT_SERVE

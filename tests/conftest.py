@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import uvloop
 from tornado.ioloop import IOLoop
 
 from sandbox.cgroup_root import PREFIX
@@ -94,7 +95,8 @@ def shared_cluster() -> Cluster:
 
 @pytest.fixture(scope="session", autouse=True)
 def end_of_session() -> Iterator[None]:
-    """Stops what tests have shared."""
+    """Stops what tests have shared. With the first loop, libuv opens a pipe that the process keeps."""
+    uvloop.new_event_loop().close()
     yield
     if shared_cluster.cache_info().currsize:
         shared_cluster().stop()
@@ -128,8 +130,8 @@ def nothing_left_behind() -> Iterator[None]:
 
 @pytest.fixture
 def io_loop(nothing_left_behind: None) -> Iterator[IOLoop]:
-    """pytest-tornado's fixture, made without what Tornado has deprecated."""
-    loop = asyncio.new_event_loop()
+    """pytest-tornado's fixture, made without what Tornado has deprecated, with the loop that the server has."""
+    loop = uvloop.new_event_loop()
     asyncio.set_event_loop(loop)
     yield IOLoop.current()
     loop.run_until_complete(loop.shutdown_default_executor())
