@@ -46,7 +46,7 @@ NAMED_UIDS = 256
 """So many of the slots' users have a name in their /etc/passwd; more are rarely needed at once."""
 SEEDS = 4
 """Python's hashes are seeded when it starts, not when it is forked. So runs take turns on a few fork servers…"""
-MOST_FORKS = 250
+MOST_FORKS = 1000
 """…each of which is replaced, at a cost of about a dozen runs, after so many."""
 EVER = 1 << 62
 MARSHAL_VERSION = 4

@@ -219,8 +219,9 @@ def test_a_killed_fork_server_ends_its_runs_and_is_replaced(language: Language) 
     asyncio.run(main())
 
 
-def test_many_runs_leave_nothing_that_grows() -> None:
+def test_many_runs_leave_nothing_that_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """With every kind of end, and more of them than a fork server lasts."""
+    monkeypatch.setattr("sandbox.forkserver.MOST_FORKS", 250)
     programs: list[tuple[Language, str]] = [
         ("python", "print(1)"),
         ("python", "raise SystemExit(3)"),
