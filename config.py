@@ -71,6 +71,7 @@ class Settings:
     )
     drain_s: float = _setting(5.0, "Runs", "seconds that runs may still take when the server is stopped", least=0)
     queue_size: int = _setting(2000, "Runs", "programs that may wait for their turn", least=0)
+    queue_bytes: int = _setting(256 * MIB, "Runs", "code, input and files of those that wait, in bytes", least=MIB)
     max_runs_per_connection: int = _setting(
         max(2, os.cpu_count() or 2), "Runs", "programs of one connection that run at once", least=1
     )

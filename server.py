@@ -181,6 +181,7 @@ def _bounds(settings: Settings) -> Bounds:
     return Bounds(
         running=-(-settings.max_runs // settings.processes),
         queued=settings.queue_size,
+        queued_bytes=settings.queue_bytes,
         running_of_one=settings.max_runs_per_connection,
         queued_of_one=settings.max_queued_per_connection,
     )
@@ -188,7 +189,7 @@ def _bounds(settings: Settings) -> Bounds:
 
 def _cluster_bounds(settings: Settings, capacity: int) -> Bounds:
     """One connection may have the whole cluster, if nobody else wants it: then the others' turns come in between."""
-    return Bounds(capacity, settings.queue_size, capacity, settings.max_queued_per_connection)
+    return dataclasses.replace(_bounds(settings), running=capacity, running_of_one=capacity)
 
 
 async def _open_cluster(settings: Settings, engine: str) -> ClusterEngine:

@@ -22,26 +22,29 @@ ROOT = Path(__file__).parent.parent
 async def server(*options: str) -> AsyncIterator[int]:
     """Starts `server.py` with these options; gives its port."""
     with tempfile.TemporaryDirectory(prefix="runboard-bench-") as folder:
-        process = subprocess.Popen(
-            [sys.executable, "server.py", "--port=0", f"--data-dir={folder}", *options],
-            cwd=ROOT, stderr=subprocess.PIPE, text=True, env={**os.environ, "RUNBOARD_LOG_LEVEL": "info"},
-        )  # fmt: skip
-        assert process.stderr is not None
+        log = Path(folder, "log")  # a pipe that nobody reads would stop the server when it is full
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, "server.py", "--port=0", f"--data-dir={folder}", *options],
+                cwd=ROOT, stderr=file, env={**os.environ, "RUNBOARD_LOG_LEVEL": "info"},
+            )  # fmt: skip
         try:
-            yield await asyncio.to_thread(_port, process)
+            yield await _port(process, log)
         finally:
             process.terminate()
-            process.communicate()
+            process.wait()
 
 
-def _port(process: subprocess.Popen[str]) -> int:
-    assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        if "listening on http://" in line:
-            return int(line.split("http://")[1].split(",")[0].rsplit(":", 1)[1])
-        said.append(line)
-    raise SystemExit(f"the server did not start: {''.join(said)}")
+async def _port(process: subprocess.Popen[bytes], log: Path) -> int:
+    while True:
+        ended = process.poll() is not None
+        said = log.read_text()
+        for line in said.splitlines():
+            if "listening on http://" in line:
+                return int(line.split("http://")[1].split(",")[0].rsplit(":", 1)[1])
+        if ended:
+            raise SystemExit(f"the server did not start: {said}")
+        await asyncio.sleep(0.02)
 
 
 def to(port: int, path: str = "/appws") -> connect:

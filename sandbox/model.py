@@ -57,10 +57,18 @@ class Job:
     batch: bool = False
 
     @property
+    def given_bytes(self) -> int:
+        """The size of all that it is given."""
+        return _bytes_in(self.code, self.stdin, *self.args, *self.files.values())
+
+    @property
     def return_bytes(self) -> int:
         """How many bytes of files are given back at most, what it was given included."""
-        given = sum(len(text.encode("utf-8", "surrogatepass")) for text in (self.code, *self.files.values()))
-        return self.limits.output_bytes + given if self.return_files else 0
+        return self.limits.output_bytes + _bytes_in(self.code, *self.files.values()) if self.return_files else 0
+
+
+def _bytes_in(*texts: str) -> int:
+    return sum(len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) for text in texts)
 
 
 @dataclass(frozen=True, slots=True)

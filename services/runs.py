@@ -30,6 +30,7 @@ class _Entry:
     job: Job
     channel: Channel
     turn: asyncio.Future[None]
+    size: int
     queued_at: float = field(default_factory=time.monotonic)
 
 
@@ -44,10 +45,11 @@ def _channel(emit: Emit | None, interactive: bool) -> Channel:
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many runs may be under way and may wait, in all and of one connection."""
+    """How many runs may be under way and may wait, in all and of one connection, and how large those that wait are."""
 
     running: int
     queued: int
+    queued_bytes: int
     running_of_one: int
     queued_of_one: int
 
@@ -65,7 +67,7 @@ class Runs:
         self._away = away
         self._running_of: Counter[Hashable] = Counter()
         self._queues: dict[Hashable, deque[_Entry]] = {}  # in the order in which owners have their next turn
-        self._queued = 0
+        self._queued = self._queued_bytes = 0
         self._running = 0
         self._entries: dict[Hashable, set[_Entry]] = {}
         self._named: dict[tuple[Hashable, str | int], _Entry] = {}
@@ -201,16 +203,16 @@ class Runs:
         if (reason := self._away()) is not None:
             raise _unavailable(reason)
         if bounded:
-            self._check_room(owner)
+            self._check_room(owner, job)
         if name is not None and (owner, name) in self._named:
             raise Conflict(f"this connection has a run {name!r} under way already", path="/id")
-        entry = _Entry(job, channel, asyncio.get_running_loop().create_future())
+        entry = _Entry(job, channel, asyncio.get_running_loop().create_future(), job.given_bytes)
         self._entries.setdefault(owner, set()).add(entry)
         self._idle.clear()
         if name is not None:
             self._named[owner, name] = entry
         self._queues.setdefault(owner, deque()).append(entry)
-        self._queued += 1
+        self._count(entry, 1)
         self._give_turns()
         return entry
 
@@ -228,10 +230,14 @@ class Runs:
             queue = self._queues.get(owner)
             if queue and entry in queue:
                 queue.remove(entry)
-                self._queued -= 1
+                self._count(entry, -1)
         return True
 
-    def _check_room(self, owner: Hashable) -> None:
+    def _count(self, entry: _Entry, more: int) -> None:
+        self._queued += more
+        self._queued_bytes += more * entry.size
+
+    def _check_room(self, owner: Hashable, job: Job) -> None:
         """Refuses a run that would have to wait where as many wait as may."""
         bounds, own = self._bounds, len(self._queues.get(owner, ()))
         if self._may_run(owner) and own == 0:
@@ -246,6 +252,12 @@ class Runs:
             raise Overloaded(
                 f"{self._queued} runs wait already, and the limit is {bounds.queued} (--queue-size)",
                 limit=bounds.queued, retryAfterMs=RETRY_AFTER_MS,
+            )  # fmt: skip
+        if self._queued_bytes + job.given_bytes > bounds.queued_bytes:
+            raise Overloaded(
+                f"the runs that wait have {self._queued_bytes} bytes of code, input and files; {job.given_bytes} more"
+                f" would be over the limit of {bounds.queued_bytes} bytes (--queue-bytes)",
+                limit=bounds.queued_bytes, retryAfterMs=RETRY_AFTER_MS,
             )  # fmt: skip
 
     def _may_run(self, owner: Hashable) -> bool:
@@ -266,7 +278,7 @@ class Runs:
             if queue:
                 self._queues[owner] = queue  # behind all the others
             if entry is not None:
-                self._queued -= 1
+                self._count(entry, -1)
                 if not entry.turn.done():
                     entry.turn.set_result(None)
                     self._running += 1

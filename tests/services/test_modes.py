@@ -19,7 +19,7 @@ JOB = Job("python", "")
 def test_names_are_unique_in_both_and_each_run_is_found_where_it_is() -> None:
     async def main() -> None:
         engines = TestEngine(), TestEngine()
-        queues = [Runs(engine, Bounds(2, 10, 2, 10)) for engine in engines]
+        queues = [Runs(engine, Bounds(2, 10, 1 << 20, 2, 10)) for engine in engines]
         modes = Modes(dict(zip((STANDALONE, CLUSTER), queues, strict=True)))
         here = asyncio.create_task(modes.run(STANDALONE, JOB, "a", "here"))
         there = asyncio.create_task(modes.run(CLUSTER, JOB, "a", "there", interactive=True))

@@ -15,6 +15,7 @@ from services.runs import Bounds, Runs
 from tests.conftest import within
 
 JOB = Job("python", "")
+MIB = 1 << 20
 
 
 class TestEngine:
@@ -54,7 +55,7 @@ class TestEngine:
 def on(test: Callable[[Runs, TestEngine], Awaitable[None]], max_runs: int = 1, queue_size: int = 10) -> None:
     async def main() -> None:
         engine = TestEngine()
-        runs = Runs(engine, Bounds(max_runs, queue_size, max_runs, 1000))
+        runs = Runs(engine, Bounds(max_runs, queue_size, MIB, max_runs, 1000))
         await within(test(runs, engine))
         await within(runs.close(0))
         assert runs.counts == {"running": 0, "queued": 0}
@@ -180,10 +181,32 @@ def test_a_closed_queue_takes_nothing_and_ends_what_is_under_way() -> None:
     on(test)
 
 
+def test_what_waits_is_bounded_in_bytes_too() -> None:
+    async def main() -> None:
+        engine = TestEngine()
+        runs = Runs(engine, Bounds(running=1, queued=100, queued_bytes=1000, running_of_one=1, queued_of_one=100))
+        large = Job("python", "x" * 600, stdin="y" * 300)
+        waiting = [asyncio.ensure_future(runs.run(job, "a")) for job in (large, large)]
+        await begun(engine, 1)
+        with pytest.raises(
+            Overloaded, match=r"have 900 bytes .* 101 more .* the limit of 1000 bytes \(--queue-bytes\)"
+        ):
+            await runs.run(Job("python", "é" * 50 + "x"), "b")
+        waiting.append(asyncio.ensure_future(runs.run(Job("python", "x" * 100), "b")))
+        for count in (2, 3):
+            engine.let_go()
+            await begun(engine, count)
+        engine.let_go()
+        await asyncio.gather(*waiting)
+        assert runs._queued_bytes == 0
+
+    asyncio.run(main())
+
+
 def test_one_connection_has_no_more_than_its_share() -> None:
     async def main() -> None:
         engine = TestEngine()
-        runs = Runs(engine, Bounds(running=3, queued=100, running_of_one=2, queued_of_one=2))
+        runs = Runs(engine, Bounds(running=3, queued=100, queued_bytes=MIB, running_of_one=2, queued_of_one=2))
         waiting = [start(runs, "greedy", f"greedy {n}") for n in range(4)]
         await begun(engine, 2)
         with pytest.raises(Overloaded, match=r"2 runs of this connection wait already.*--max-queued-per-connection"):
@@ -229,7 +252,7 @@ def test_an_engine_that_is_away_refuses_at_once_and_those_that_wait_are_told() -
     async def main() -> None:
         engine = TestEngine()
         reason: list[str] = []
-        runs = Runs(engine, Bounds(1, 10, 1, 1000), lambda: reason[0] if reason else None)
+        runs = Runs(engine, Bounds(1, 10, MIB, 1, 1000), lambda: reason[0] if reason else None)
         under_way, waiting = start(runs, "a"), start(runs, "b")
         await begun(engine, 1)
         reason.append("the scheduler is gone")
@@ -251,7 +274,7 @@ def test_an_engine_that_is_away_when_the_turn_comes_is_a_refusal() -> None:
             raise EngineAway("gone")
 
     async def main() -> None:
-        runs = Runs(AwayEngine(), Bounds(1, 10, 1, 1000))
+        runs = Runs(AwayEngine(), Bounds(1, 10, MIB, 1, 1000))
         with pytest.raises(ClusterUnavailable, match="gone; mode standalone is there"):
             await runs.run(JOB, "a")
         assert runs.counts == {"running": 0, "queued": 0}
@@ -264,9 +287,9 @@ def test_more_room_gives_turns_at_once_and_less_room_ends_nothing() -> None:
         started = [start(runs, f"owner {n}") for n in range(4)]
         await begun(engine, 1)
         assert runs.counts == {"running": 1, "queued": 3}
-        runs.resize(Bounds(3, 10, 3, 10))
+        runs.resize(Bounds(3, 10, MIB, 3, 10))
         await begun(engine, 3)
-        runs.resize(Bounds(1, 10, 1, 10))
+        runs.resize(Bounds(1, 10, MIB, 1, 10))
         for _ in range(2):
             engine.let_go()
         await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)

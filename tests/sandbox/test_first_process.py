@@ -1,0 +1,49 @@
+"""The smallest program here: the first process of a forked run's pid namespace."""
+
+from __future__ import annotations
+
+import os
+import platform
+import signal
+from pathlib import Path
+
+import pytest
+
+from sandbox.first_process import CODE, IGNORE, WORD, executable
+
+HERE = platform.machine()
+
+
+def test_it_says_that_it_is_there_closes_its_descriptor_and_sleeps(tmp_path: Path) -> None:
+    program = tmp_path / "init"
+    program.write_bytes(executable(HERE))
+    program.chmod(0o500)
+    read_end, write_end = os.pipe()
+    actions = [(os.POSIX_SPAWN_DUP2, write_end, 3)]
+    pid = os.posix_spawn(program, ["init"], {}, file_actions=actions, setpgroup=0)
+    os.close(write_end)
+    try:
+        with open(read_end, "rb") as said:
+            assert said.read() == b"init"  # to the end of the file: it has closed it
+        assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+        status = Path(f"/proc/{pid}/status").read_text()
+        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+        assert ignored >> (signal.SIGCHLD - 1) & 1
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+@pytest.mark.parametrize("machine", CODE)
+def test_it_is_an_elf_file_for_its_machine_and_ends_with_its_data(machine: str) -> None:
+    content = executable(machine)
+
+    assert content[:4] == b"\x7fELF"
+    assert int.from_bytes(content[18:20], "little") == CODE[machine][0]
+    assert content.endswith(WORD + IGNORE)
+    assert len(content) < 512
+
+
+def test_a_machine_that_it_does_not_know_is_named() -> None:
+    with pytest.raises(OSError, match="no first process for vax, only for x86_64 and aarch64"):
+        executable("vax")
