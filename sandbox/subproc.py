@@ -19,6 +19,7 @@ from sandbox.jail import end_with_server
 from sandbox.languages import LANGUAGES, command, environment
 from sandbox.model import Channel, Job, Language, Limits, Outcome
 from sandbox.packages import prepare
+from sandbox.pipes import widen
 from sandbox.process import Pipes, Watch
 from sandbox.sampled import ProcessTree
 from sandbox.signals import signal_name
@@ -137,4 +138,5 @@ def _take_pipes(process: subprocess.Popen[bytes]) -> Pipes:
     ends = [os.dup(end.fileno()) for end in (process.stdin, process.stdout, process.stderr)]
     for end in (process.stdin, process.stdout, process.stderr):
         end.close()
+    widen(*ends)
     return Pipes(*ends)

@@ -37,6 +37,12 @@ def test_javascript_is_a_language_too(name: str) -> None:
     assert (outcome.status, outcome.stdout, outcome.error) == (Status.OK, "hällo\n", None)
 
 
+def test_what_node_prints_just_before_it_exits_is_not_lost(name: str) -> None:
+    outcome = run(name, Job("javascript", "console.log('x'.repeat(500_000)); process.exit(3)"))
+
+    assert (len(outcome.stdout), outcome.facts.exit_code) == (500_001, 3)
+
+
 def test_standard_input_and_arguments_arrive(name: str) -> None:
     code = "import sys; print(sys.argv[1:], sys.stdin.read())"
     outcome = run(name, Job("python", code, stdin="in\n", args=("a b", "ü")))
