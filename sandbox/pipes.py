@@ -9,8 +9,8 @@ import os
 from sandbox.process import Pipes
 
 ROOM_BYTES = 1 << 20
-"""What the pipes for output hold, where the system allows it: node drops at process.exit() what did not fit, and a usual
-pipe of 64 KiB is full before anybody has read it."""
+"""What the pipes for output hold, where the system allows it: node drops at process.exit() what did not fit, and the
+usual 64 KiB are full before anybody has read them."""
 
 
 def widen(*pipes: int) -> None:
