@@ -223,6 +223,7 @@ class ForkServerEngine:
         packages = [surroundings["PYTHONPATH"]] if "PYTHONPATH" in surroundings else []
         lines = [
             content("/forkserver/sitecustomize.py", (CHILD / "fork_python.py").read_text()),
+            content("/forkserver/early_end.py", (CHILD / "early_end.py").read_text()),
             *environment_of({**surroundings, "PYTHONPATH": ":".join(["/forkserver", *packages])}),
             command_of([python, LANGUAGES["python"].file_name]),
         ]  # fmt: skip

@@ -68,7 +68,7 @@ def test_each_module_imports_only_what_its_room_may(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [path for path in FILES if "child" in path.parts], ids=str)
 def test_what_runs_in_the_jail_imports_nothing_of_ours(path: Path) -> None:
-    assert all(module.split(".")[0] in STANDARD for module in imports(path))
+    assert all(module.split(".")[0] in {*STANDARD, "early_end"} for module in imports(path))
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

@@ -15,7 +15,6 @@ import ctypes
 import fcntl
 import gc
 import importlib
-import io
 import marshal
 import os
 import posix
@@ -27,7 +26,6 @@ import socket
 import sys
 import time
 import types
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -314,70 +312,10 @@ def forget(name: str) -> None:
         del sys.modules[known]
 
 
-mains: list[types.ModuleType] = []
-"""The program's own module, once there is one."""
-
-
-def leave(warm: frozenset[str]) -> None:
-    """Ends a program that came to its end by itself, after all of python's own end that can be noticed.
-
-    The rest, taking the interpreter apart, costs more than most programs: it touches every page that was forked.
-    Wherever it is not sure what python would do, python is left to do it.
-    """
-    try:
-        if ran_through(mains[0]):
-            flush()
-            finalize(warm)
-            libc.exit(0)
-    except BaseException:  # of a program that has changed what is used here
-        return
-
-
-def ran_through(main: types.ModuleType) -> bool:
-    """Whether main.py came to its end without an error: then python has removed two names, and set none of three."""
-    contents = vars(main)
-    return (
-        sys.modules.get("__main__") is main
-        and "__builtins__" in contents
-        and "__file__" not in contents
-        and "__cached__" not in contents
-        and not any(hasattr(sys, name) for name in ("last_type", "last_value", "last_traceback"))
-    )
-
-
-def flush() -> None:
-    """Writes out what the program has left in open files; text first, which goes into the buffers of bytes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    files = [
-        found
-        for found in gc.get_objects()
-        if isinstance(found, io.TextIOWrapper | io.BufferedWriter | io.BufferedRandom)
-    ]
-    for file in sorted(files, key=lambda file: not isinstance(file, io.TextIOWrapper)):
-        with contextlib.suppress(Exception):  # closed, or detached
-            file.flush()
-
-
-def finalize(warm: frozenset[str]) -> None:
-    """Lets the program's modules go, in python's order, so that finalizers run."""
-    names = [name for name in sys.modules if name not in warm or name == "__main__"]
-    modules = [weakref.ref(sys.modules[name]) for name in names]
-    for name in names:
-        sys.modules[name] = None  # type: ignore[assignment]
-    mains.clear()
-    gc.collect()
-    for reference in modules:  # those that something still refers to lose their contents: private names first
-        module = reference()
-        if module is not None:
-            contents = vars(module)
-            private = [name for name in contents if name[0] == "_" and name[1:2] != "_"]
-            for name in [*private, *(name for name in contents if name != "__builtins__")]:
-                contents[name] = None
-    gc.collect()
-
-
 if __name__ == "sitecustomize":
+    from early_end import leave, mains  # type: ignore[import-not-found]
+
+    del sys.modules["early_end"]
     sys.path.remove(FOLDER)
     sys.path_importer_cache.pop(FOLDER, None)
     if packages := os.environ.pop("PYTHONPATH").partition(":")[2]:
