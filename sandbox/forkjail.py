@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import os
 import socket
 import subprocess
@@ -16,10 +17,11 @@ from sandbox.engine import EngineUnavailable
 from sandbox.jail import JailGroup, before_exec
 from sandbox.model import Limits
 
+log = logging.getLogger(__name__)
 START_SECONDS = 20.0
 REPLY_BYTES = 1 << 16
-OWN_LIMITS = Limits(memory_bytes=1 << 30, processes=1024)
-"""Of a fork server. Its children are in it only until they have joined the groups of their runs."""
+OWN_LIMITS = Limits(memory_bytes=1 << 30, processes=1 << 14)
+"""Of a fork server, with the first process of each run; programs join the groups of their runs before they are any."""
 
 
 class ForkServer:
@@ -76,6 +78,12 @@ class ForkServer:
     def lost(self) -> None:
         """It was found not to answer, perhaps before its jail has ended."""
         self._is_lost = True
+
+    def kill(self) -> None:
+        """Ends it and all its children, because it does not do its work any more."""
+        log.error("a fork server did not see a run to its end in time, and is killed")
+        self.lost()
+        self._leaf.kill()
 
     def fork(self, request: bytes, descriptors: Sequence[int]) -> None:
         """Asks for a child, which is given the descriptors. Raises BrokenPipeError when the fork server is gone."""

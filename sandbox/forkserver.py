@@ -162,8 +162,11 @@ class ForkServerEngine:
             raise EngineUnavailable("the forkserver engine is not open")
         if (job.limits.tmp_bytes, job.limits.open_files) == (self._usual.tmp_bytes, self._usual.open_files):
             return await self._slots[job.language].take(leave=0 if channel.first else LEFT_FOR_FIRST)
-        make = functools.partial(self._make_slot, self._host, job.language, job.limits)
-        return await Ready(make, 0).take()
+        one = Ready(functools.partial(self._make_slot, self._host, job.language, job.limits), 0)
+        try:
+            return await one.take()
+        finally:
+            await one.close()  # and with it the slot, if nobody waits for it any more
 
     async def _try(self, language: Language) -> None:
         code, expected = TRIALS[language]
@@ -198,7 +201,7 @@ class ForkServerEngine:
 
         try:
             return Slot(server, leaf, uid, encoded, give_back)
-        except (ForkServerLost, ConnectionError) as loss:
+        except (ForkServerLost, ConnectionError, TimeoutError) as loss:
             server.lost()
             failure: OSError = loss
         except OSError as problem:

@@ -116,7 +116,7 @@ class Jail:
             setup.cancel()
             watch.started(at)
 
-        reports = Reports(self._report, job.return_bytes, started, watch.ended)
+        reports = Reports(self._report, job.return_bytes, started, watch.ended, watch.failed)
         loop.add_reader(self._report, lambda: self._heard(reports, watch))
         loop.add_reader(self._log_fd, self._read_log)
         try:

@@ -15,12 +15,19 @@ class Reports:
     """The server's end of the socket. What arrives is of our own code, but is believed no further than it must be."""
 
     def __init__(
-        self, end: socket.socket, most_file_bytes: int, started: Callable[[float], None], ended: Callable[..., object]
+        self,
+        end: socket.socket,
+        most_file_bytes: int,
+        started: Callable[[float], None],
+        ended: Callable[..., object],
+        failed: Callable[[str], None],
     ) -> None:
-        """Calls `started` and `ended` with the time (seconds, monotonic clock), and `ended` with facts by name."""
+        """Calls `started` and `ended` with the time (seconds, monotonic clock), and `ended` with facts by name; or
+        `failed` with the reason why the program could not be started."""
         self._end = end
         self._started = started
         self._ended = ended
+        self._failed = failed
         self._room = most_file_bytes
         self._files: dict[str, bytearray] = {}
         self._files_cut = False
@@ -41,6 +48,8 @@ class Reports:
                 self._room -= len(content)
                 if self._room >= 0:  # the sender keeps to it, but whether it does is not ours to believe
                     self._files[next(reversed(self._files))] += content
+            case [b"failed:"]:
+                self._failed(content.decode("utf-8", "replace"))
             case [b"cut"]:
                 self._files_cut = True
             case [b"started", nanoseconds]:

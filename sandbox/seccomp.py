@@ -13,6 +13,8 @@ from typing import Any
 EPERM, EAFNOSUPPORT, ENOSYS = 1, 97, 38
 
 CLONE_NEW_ANY = 0x7E020080  # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET and NEWTIME together
+CLONE_PARENT = 0x8000  # would make a child of whoever waits for the program
+REFUSED_CLONE = CLONE_NEW_ANY | CLONE_PARENT
 AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
 TIOCSTI, TIOCLINUX = 0x5412, 0x541C  # would put words into a terminal's mouth
 
@@ -110,7 +112,7 @@ def kafel() -> str:
 POLICY runboard {{
   ALLOW {{
     {_names(allowed)},
-    clone {{ (clone_flags & {CLONE_NEW_ANY:#x}) == 0 }},
+    clone {{ (clone_flags & {REFUSED_CLONE:#x}) == 0 }},
     socket {{ family == {AF_UNIX} || family == {AF_INET} || family == {AF_INET6} }},
     socketpair {{ family == {AF_UNIX} }},
     ioctl {{ cmd != {TIOCSTI:#x} && cmd != {TIOCLINUX:#x} }},
@@ -156,7 +158,7 @@ def bpf() -> list[bytes]:
         raise OSError(str(failure)) from failure
 
     by_argument = library.SyscallFilter(library.ALLOW)
-    for flag in (1 << bit for bit in range(32) if CLONE_NEW_ANY >> bit & 1):
+    for flag in (1 << bit for bit in range(32) if REFUSED_CLONE >> bit & 1):
         by_argument.add_rule(library.ERRNO(EPERM), "clone", library.Arg(0, library.MASKED_EQ, flag, flag))
     for command in (TIOCSTI, TIOCLINUX):  # the kernel looks at 32 bits only
         by_argument.add_rule(library.ERRNO(EPERM), "ioctl", library.Arg(1, library.MASKED_EQ, 0xFFFFFFFF, command))

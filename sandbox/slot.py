@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from background import spawn
 from sandbox.child.collect import collect
 from sandbox.forkjail import ForkServer
 from sandbox.jail import SETUP_SECONDS, JailGroup
@@ -43,7 +44,11 @@ class Slot:
             OSError: it could not do it; the text says why.
         """
         self.leaf = leaf
+        self._server = server
+        self._uid = uid
+        self._folder = -1
         self._left_files = False
+        self._collecting: asyncio.Task[tuple[dict[str, bytes], bool]] | None = None
         self._give_back = give_back
         self._fds = Descriptors()
         theirs, self._pipes = self._fds.standard_streams(uid)
@@ -77,9 +82,11 @@ class Slot:
         left = memoryview(task)
         while left:
             left = left[os.pwrite(self._job, left, len(task) - len(left)) :]  # the shared offset stays at 0
-        with contextlib.suppress(OSError):  # it is gone, which the watch will find
+        with contextlib.suppress(ConnectionError, FileNotFoundError):  # it is gone, which the watch will find
             if job.return_files:
                 self._folder = self._fds.keep(os.open(f"/proc/{self._program}/cwd", os.O_PATH | os.O_CLOEXEC))
+                if os.geteuid() == 0 and os.fstat(self._folder).st_uid != self._uid:
+                    return  # it is gone, and its number is somebody else's
             self._end.send(b"g")
 
     async def watch(self, job: Job, channel: Channel) -> Outcome:
@@ -94,9 +101,9 @@ class Slot:
             watch.started(at)
 
         def ended(at: float, **facts: Any) -> None:
-            self._left_files = watch.ended(at, **facts) and job.return_files
+            self._left_files = watch.ended(at, **facts) and self._folder >= 0
 
-        reports = Reports(self._end, 0, started, ended)
+        reports = Reports(self._end, 0, started, ended, watch.failed)
         loop.add_reader(self._end.fileno(), lambda: self._heard(reports, watch))
         try:
             return await watch.outcome()
@@ -108,7 +115,10 @@ class Slot:
         """The outcome, with the files that the program has left, once nobody is at work there any more."""
         if not self._left_files:
             return outcome
-        files, cut = await asyncio.to_thread(collect, f"/proc/self/fd/{self._folder}", job.return_bytes)
+        place = f"/proc/self/fd/{self._folder}"
+        self._collecting = spawn(asyncio.to_thread(collect, place, job.return_bytes), name="collect files")
+        files, cut = await asyncio.shield(self._collecting)
+        self._fds.close(self._folder)  # until then what it holds is in the group
         return replace(outcome, facts=replace(outcome.facts, files=files, files_cut=cut))
 
     async def gone(self) -> None:
@@ -118,14 +128,18 @@ class Slot:
             loop = asyncio.get_running_loop()
             over: asyncio.Future[None] = loop.create_future()
             loop.add_reader(self._pidfd, _settle, over)
+            late = loop.call_later(SETUP_SECONDS, self._server.kill)
             try:
                 await over
             finally:
+                late.cancel()
                 loop.remove_reader(self._pidfd)
 
     async def discard(self) -> None:
         """Gives everything back."""
         self._end.close()
+        if self._collecting is not None:
+            await asyncio.wait({self._collecting})
         try:
             await self.leaf.release()
         finally:

@@ -81,7 +81,7 @@ function serve () {
     if (!text) libc._exit(0) // the server is gone
     const request = JSON.parse(text)
     const [report, job] = descriptors
-    let init, program
+    let [init, program] = [0, -1]
     try {
       call('unshare', CLONE_NEWPID) // for the next children only
       become(request.user, request.user)
@@ -90,7 +90,7 @@ function serve () {
       program = call('fork')
     } catch (failure) {
       fs.writeSync(report, `failed: ${failure.message}`)
-      libc._exit(1)
+      if (init) call('kill', init, SIGKILL)
     }
     if (program === 0) {
       try {
@@ -107,7 +107,8 @@ function serve () {
     }
     become(ownUser, ownGroup)
     call('setns', ownPids, CLONE_NEWPID)
-    ends.watch(program, init, report)
+    if (program > 0) ends.watch(program, init, report)
+    else libc.close(report)
     for (const descriptor of descriptors.slice(JOB)) libc.close(descriptor)
   }
 }

@@ -88,6 +88,7 @@ def serve() -> None:
             os._exit(0)
         request = marshal.loads(text)  # noqa: S302 -- of the server
         report = descriptors[REPORT]
+        init = 0
         try:
             call("unshare", CLONE_NEWPID)  # for the next children only
             become(request["user"], request["user"])
@@ -95,9 +96,11 @@ def serve() -> None:
             ends.watch(init)
             program = call("fork")  # without python's own care for a forked interpreter, which touches many pages
         except OSError as failure:
+            program = -1
             os.write(report, f"failed: {failure}".encode())
-            os._exit(1)
-        if not program:
+            if init:
+                os.kill(init, signal.SIGKILL)
+        if program == 0:
             try:
                 close_all_but(descriptors)
                 control.detach()
@@ -113,7 +116,8 @@ def serve() -> None:
             return
         become(own_user, own_group)
         call("setns", own_pids, CLONE_NEWPID)
-        ends.watch(program, init, os.dup(report))
+        if program > 0:
+            ends.watch(program, init, os.dup(report))
         for descriptor in descriptors:
             os.close(descriptor)
 

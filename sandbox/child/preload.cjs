@@ -12,7 +12,12 @@ if (isMainThread) {
   } else {
     ready = { report: 3, job: 4 } // as fork_python.py leaves them
   }
-  awaitJob(fs, ready.report, ready.job)
+  try {
+    awaitJob(fs, ready.report, ready.job)
+  } catch (failure) { // its files cannot be written
+    fs.writeSync(ready.report, `failed: ${failure.message}`)
+    process.reallyExit(1)
+  }
   process.execArgv.length = 0
   for (const path of Object.keys(require.cache)) delete require.cache[path]
   module.children.length = 0

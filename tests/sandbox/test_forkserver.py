@@ -22,6 +22,12 @@ from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
 from tests.conftest import CGROUPS, SECOND, children, leaves, opened, opened_files, until, within
 
 RUNS = 12
+HELLO: dict[Language, str] = {"python": "print('hello')", "javascript": "console.log('hello')"}
+ETERNAL: dict[Language, str] = {
+    "python": "import os, time; os.write(1, b'1\\n'); time.sleep(1e6)",
+    "javascript": "console.log(1); setInterval(() => {}, 1e6)",
+}
+INTERPRETERS: dict[Language, str] = {"python": "python", "javascript": "node"}
 
 
 async def run(engine: object, code: str, language: Language = "python", **more: object) -> Outcome:
@@ -195,17 +201,11 @@ def test_a_fork_server_is_in_its_group_before_it_starts() -> None:
 
 @pytest.mark.parametrize("language", ["python", "javascript"])
 def test_a_killed_fork_server_ends_its_runs_and_is_replaced(language: Language) -> None:
-    eternal = {
-        "python": "import os, time; os.write(1, b'1\\n'); time.sleep(1e6)",
-        "javascript": "console.log(1); setInterval(() => {}, 1e6)",
-    }
-    hello = {"python": "print('hello')", "javascript": "console.log('hello')"}
-
     async def main() -> None:
         async with opened("forkserver") as engine:
             started = Counter[str]()
             channel = Channel(emit=lambda stream, chunk: started.update([stream]))
-            job = Job(language, eternal[language], limits=Limits(wall_ms=int(60_000 * SECOND)))
+            job = Job(language, ETERNAL[language], limits=Limits(wall_ms=int(60_000 * SECOND)))
             running = [asyncio.ensure_future(engine.run(job, channel)) for _ in range(50)]
             await until(lambda: started["stdout"] >= 50, 60)
             for process in jailed():
@@ -214,7 +214,85 @@ def test_a_killed_fork_server_ends_its_runs_and_is_replaced(language: Language) 
 
             assert {outcome.status for outcome in ended} == {Status.INTERNAL_ERROR}  # type: ignore[attr-defined]
             assert {outcome.stdout for outcome in ended} == {"1\n"}  # type: ignore[attr-defined]
-            assert (await run(engine, hello[language], language)).stdout == "hello\n"
+            assert (await run(engine, HELLO[language], language)).stdout == "hello\n"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("language", ["python", "javascript"])
+def test_a_fork_server_that_cannot_fork_any_more_goes_on_with_what_it_has(
+    language: Language, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sandbox.forkjail.OWN_LIMITS", Limits(memory_bytes=1 << 30, processes=12))
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            before = fork_servers()
+            channel = Channel()
+            job = Job(language, ETERNAL[language], limits=Limits(wall_ms=int(60_000 * SECOND)))
+            running = [asyncio.ensure_future(engine.run(job, channel)) for _ in range(20)]
+            await until(lambda: any(one.done() for one in running), 30)
+            channel.cancel.set()
+            ended = await asyncio.gather(*running, return_exceptions=True)
+            refused = [one for one in ended if isinstance(one, OSError)]
+            assert refused
+            assert all("Resource temporarily unavailable" in str(one) or "error 11" in str(one) for one in refused)
+            assert {one.status for one in ended if isinstance(one, Outcome)} == {Status.CANCELLED}
+            assert fork_servers() == before
+            assert (await run(engine, "print('next')")).stdout == "next\n"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("language", ["python", "javascript"])
+def test_a_fork_server_that_does_not_answer_is_replaced(language: Language, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sandbox.slot.SETUP_SECONDS", 1.0 * SECOND)
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            started = asyncio.Event()
+            channel = Channel(emit=lambda stream, chunk: started.set())
+            running = asyncio.ensure_future(engine.run(Job(language, ETERNAL[language]), channel))
+            await within(started.wait())
+            stopped = [process for process in jailed() if INTERPRETERS[language] in process.cmdline()[0]]
+            for process in stopped:
+                process.suspend()
+            channel.cancel.set()
+            outcome = await within(running)
+            assert isinstance(outcome, Outcome)
+            assert outcome.status is Status.CANCELLED
+            await until(lambda: not any(process.is_running() for process in stopped))
+            assert (await run(engine, HELLO[language], language)).stdout == "hello\n"
+
+    asyncio.run(main())
+
+
+def test_why_a_program_could_not_be_started_is_told() -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            for language, name in (("python", "main.py"), ("javascript", "main.js")):
+                outcome = await run(engine, "1", language, files={f"{name}/x": ""})  # type: ignore[arg-type]
+                assert outcome.status is Status.INTERNAL_ERROR
+                assert "exist" in (outcome.error or "").lower() or "EEXIST" in (outcome.error or ""), outcome
+
+    asyncio.run(main())
+
+
+def test_a_slot_that_is_not_wanted_any_more_is_given_back() -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            await run(engine, "1", limits=Limits(tmp_bytes=8 << 20))
+            before = len(opened_files())
+            for _ in range(8):
+                running = asyncio.ensure_future(run(engine, "1", limits=Limits(tmp_bytes=8 << 20)))
+                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
+                running.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await running
+            await until(
+                lambda: sum(not what.startswith(str(CGROUPS)) for what in opened_files().values()) <= before, 10
+            )
 
     asyncio.run(main())
 
