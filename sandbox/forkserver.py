@@ -102,12 +102,9 @@ class ForkServerEngine:
             self._koffi = find_koffi(not host.is_root, runtime_folder())
             if self._koffi is None:
                 log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
-            python = ForkServers(lambda: self._start_python(host), self._seeds, MOST_FORKS)
-            start_node = self._start_node if self._koffi else self._start_python
-            node = ForkServers(lambda: start_node(host), 1, EVER)
-            self._servers = {"python": python, "javascript": node}
-            for servers in self._servers.values():
-                await asyncio.to_thread(servers.start)
+            self._servers["python"] = ForkServers(lambda: self._start_python(host), self._seeds, MOST_FORKS)
+            await asyncio.to_thread(self._servers["python"].start)
+            self._servers["javascript"] = await asyncio.to_thread(self._started_for_node, host)
             for language in LANGUAGES:
                 make = functools.partial(self._make_slot, host, language, self._usual)
                 self._slots[language] = Ready(make, self._warm)
@@ -233,12 +230,29 @@ class ForkServerEngine:
         setup = {"filters": self._filters, "first_process": self._first_process, "preload": self._preload}
         return self._start(host, lines, marshal.dumps(setup, MARSHAL_VERSION))
 
+    def _started_for_node(self, host: Host) -> ForkServers:
+        """Blocks."""
+        if self._koffi is not None:
+            forking = ForkServers(lambda: self._start_node(host), 1, EVER)
+            try:
+                forking.start()
+                return forking
+            except EngineUnavailable as failure:
+                log.warning("node is started ahead, not forked: %s", failure)
+                self._koffi = None
+        starting = ForkServers(lambda: self._start_python(host), 1, EVER)
+        starting.start()
+        return starting
+
     def _start_node(self, host: Host) -> ForkServer:
         assert self._koffi is not None
         node = str(host.interpreters["javascript"].inside)
         options = ["--single-threaded", "--v8-pool-size=0", "--require", "/preload/preload.cjs"]
         lines = [
-            content("/forkserver/fork_node.cjs", (CHILD / "fork_node.cjs").read_text()),
+            *(
+                content(f"/forkserver/{name}", (CHILD / name).read_text())
+                for name in ("fork_node.cjs", "node_random.cjs")
+            ),
             bind(self._koffi, "/forkserver/node_modules"),
             *environment_of({**environment_inside(host, "javascript"), "FORK_SERVER": "1"}),
             command_of([node, *options, LANGUAGES["javascript"].file_name]),

@@ -8,8 +8,9 @@
 
 const fs = require('node:fs')
 const { inspect } = require('node:util')
-const { queryObjects, setFlagsFromString } = require('node:v8')
+const { queryObjects } = require('node:v8')
 const koffi = require('/forkserver/node_modules/koffi')
+const { findGenerator, reseed } = require('/forkserver/node_random.cjs')
 
 const MESSAGE_BYTES = 1 << 18
 const MOST_DESCRIPTORS = 16
@@ -41,7 +42,7 @@ for (const declaration of [
   'int posix_spawn_file_actions_init(void *)', 'int posix_spawn_file_actions_destroy(void *)',
   'int posix_spawn_file_actions_addclose(void *, int)', 'int posix_spawn_file_actions_adddup2(void *, int, int)',
   'int posix_spawnattr_init(void *)', 'int posix_spawnattr_setflags(void *, short)',
-  'long getrandom(void *, size_t, uint)', 'int setrlimit(int, void *)', 'int capset(void *, void *)', 'void _exit(int)',
+  'int setrlimit(int, void *)', 'int capset(void *, void *)', 'void _exit(int)',
   'int memfd_create(str, uint)', 'int open(str, int)', 'void *dlsym(uintptr_t, str)', 'void *uv_default_loop()',
   'int uv_loop_fork(void *)'
 ]) {
@@ -70,7 +71,7 @@ function steady (bytes) {
 
 /** Forks a child for every request. Returns in the child that is to be the program, and nowhere else. */
 function serve () {
-  const { filters, startFirst } = begin()
+  const { filters, startFirst, generator } = begin()
   const receive = receiver()
   const ends = new Ends()
   const [ownUser, ownGroup] = [process.getuid(), process.getgid()]
@@ -98,7 +99,7 @@ function serve () {
         ends.forget()
         makeWorld(request.scratch, descriptors.slice(FIRST_GROUP))
         giveUpRights(request.open_files, filters)
-        becomeProgram(descriptors)
+        becomeProgram(descriptors, generator)
       } catch (failure) {
         fs.writeSync(report, `failed: ${failure.message}`)
         libc._exit(1)
@@ -124,12 +125,13 @@ function begin () {
     program.writeBigUInt64LE(BigInt(koffi.address(instructions)), 8)
     return { program, instructions }
   })
+  const generator = findGenerator()
   rehearse()
   for (let capability = 0; libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) === 0;) capability++
   call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) // a program that is started has no rights
   const startFirst = firstProcesses(Buffer.from(setup.firstProcess, 'hex'))
   fs.writeSync(0, 'ready')
-  return { filters, startFirst }
+  return { filters, startFirst, generator }
 }
 
 /**
@@ -278,14 +280,14 @@ function giveUpRights (openFiles, filters) {
 }
 
 /** Takes the standard streams, and becomes a node like one that has just been started. */
-function becomeProgram (descriptors) {
+function becomeProgram (descriptors, generator) {
   for (const number of [0, 1, 2]) call('dup2', descriptors[STDIN + number], number)
   loseInheritance(descriptors)
   call('uv_loop_fork', libc.uv_default_loop())
   Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
   // Its parent is outside of its pid namespace. With 0 for it, a signal would reach one's own process group.
   Object.defineProperty(process, 'ppid', { ...Object.getOwnPropertyDescriptor(process, 'ppid'), value: 1 })
-  reseed()
+  reseed(generator)
   leaveEarly()
 }
 
@@ -300,21 +302,6 @@ function loseInheritance ([report, job]) {
     if (number > 2 && ![report, job, nowhere].includes(number)) libc.dup2(nowhere, number) // one has just been closed
   }
   libc.close(nowhere)
-}
-
-/**
- * Math.random() goes on from its state when the fork server was forked, unless it is told a seed at its first use. Other
- * contexts (node:vm) take theirs from a generator of V8, which also numbers what is put into sets: so it is made to move on.
- */
-function reseed () {
-  const MOST_STEPS = 1024
-  const seed = Buffer.alloc(6)
-  call('getrandom', seed, seed.length, 0)
-  setFlagsFromString(`--random-seed=${seed.readUInt32LE() >>> 1 || 1}`)
-  Math.random()
-  setFlagsFromString('--random-seed=0')
-  const numbered = new WeakSet()
-  for (let step = seed.readUInt16LE(4) % MOST_STEPS; step > 0; step--) numbered.add({})
 }
 
 /**

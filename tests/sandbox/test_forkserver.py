@@ -374,7 +374,9 @@ def held() -> Held:
         groups=len({path.name for path in leaves() if path.name.startswith("run-")}),
         processes=len(tree),
         zombies=states.count(psutil.STATUS_ZOMBIE),
-        descriptors=sum(not what.startswith(str(CGROUPS)) for what in opened_files().values()),
+        descriptors=sum(
+            not what.startswith((str(CGROUPS), "anon_inode:[eventfd]")) for what in opened_files().values()
+        ),
         mounts=len(Path("/proc/self/mountinfo").read_text().splitlines()),
         memory=psutil.Process().memory_info().rss,
         memory_of_node=node[0],
@@ -422,6 +424,19 @@ def test_without_koffi_node_is_started_ahead(monkeypatch: pytest.MonkeyPatch, ca
 
     asyncio.run(main())
     assert "koffi is not installed" in caplog.text
+
+
+def test_where_node_cannot_be_forked_it_is_started_ahead(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sandbox.forkserver.find_koffi", lambda *where: tmp_path)  # no koffi is in there
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert (await run(engine, HELLO["javascript"], "javascript")).stdout == "hello\n"
+
+    asyncio.run(main())
+    assert "node is started ahead, not forked: a fork server did not start: " in caplog.text
 
 
 ENDS = {
