@@ -48,6 +48,8 @@ from services.task_action import BadTaskModule, TaskAction, load_actions
 from services.tasks import Tasks
 
 log = logging.getLogger("runboard")
+SWITCH_SECONDS = 0.0005
+"""For so long a thread that encodes a large answer may keep the loop waiting, each time that this has to go on."""
 FAREWELL_SECONDS = 2.0
 """How long clients have to answer the close of their connection before it is cut."""
 
@@ -286,6 +288,7 @@ def main(argv: list[str]) -> int:
 
 def _serve_alone(settings: Settings, number: int) -> int:
     """One process; gives its exit code."""
+    sys.setswitchinterval(SWITCH_SECONDS)
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(_serve(settings, number))
