@@ -30,7 +30,7 @@ def draw(measured: Path, picture: Path) -> None:
             rate.plot(clients, list(row["runs_per_s"].values()), marker="o", label=how, color=COLOURS[how])
         latency.set_title(f"{language}: a short run, p50 in ms")
         latency.invert_yaxis()
-        rate.set_title(f"{language}: runs per second, by clients at once")
+        rate.set_title(f"{language}: runs per second, by clients")
         rate.set_xscale("log", base=2)
         rate.set_xticks(clients, labels=[str(number) for number in clients])
         rate.set_ylim(bottom=0)
