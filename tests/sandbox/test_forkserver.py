@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import os
 import random
@@ -479,9 +480,7 @@ ENDS = {
 
 @pytest.mark.parametrize("name", ENDS)
 def test_python_begins_and_ends_as_when_it_is_started_afresh(name: str) -> None:
-    outcomes = [asyncio.run(_once(engine, "python", ENDS[name])) for engine in ("forkserver", "nsjail")]
-
-    assert seen(outcomes[0]) == seen(outcomes[1])
+    assert seen(outcomes_of("forkserver", "python")[name]) == seen(outcomes_of("nsjail", "python")[name])
 
 
 JAVASCRIPT = {
@@ -533,9 +532,7 @@ JAVASCRIPT = {
 
 @pytest.mark.parametrize("name", JAVASCRIPT)
 def test_javascript_begins_and_ends_as_when_it_is_started_afresh(name: str) -> None:
-    outcomes = [asyncio.run(_once(engine, "javascript", JAVASCRIPT[name])) for engine in ("forkserver", "nsjail")]
-
-    assert seen(outcomes[0]) == seen(outcomes[1])
+    assert seen(outcomes_of("forkserver", "javascript")[name]) == seen(outcomes_of("nsjail", "javascript")[name])
 
 
 def seen(outcome: Outcome) -> tuple[object, ...]:
@@ -546,20 +543,31 @@ def seen(outcome: Outcome) -> tuple[object, ...]:
     return outcome.status, outcome.stdout, errors, outcome.facts.exit_code, outcome.facts.signal
 
 
-async def _once(name: str, language: Language, code: str) -> Outcome:
-    async with opened(name) as engine:
+@functools.cache
+def outcomes_of(engine_name: str, language: Language) -> dict[str, Outcome]:
+    """What becomes of all programs of a language on one engine, which is started once for all of them."""
+
+    async def main() -> dict[str, Outcome]:
         limits = Limits(wall_ms=int(10_000 * SECOND))
-        outcome = await within(engine.run(Job(language, code, stdin="in", limits=limits), Channel()), 60)
-        assert isinstance(outcome, Outcome)
-        return outcome
+        async with opened(engine_name) as engine:
+            return {
+                name: await engine.run(Job(language, code, stdin="in", limits=limits), Channel())
+                for name, code in {"python": ENDS, "javascript": JAVASCRIPT}[language].items()
+            }
+
+    return asyncio.run(main())
 
 
 def test_an_error_in_a_handler_of_errors_ends_node_with_its_code() -> None:
     code = "process.on('uncaughtException', () => { throw new Error('again') }); throw new Error('x')"
-    outcome = asyncio.run(_once("forkserver", "javascript", code))
 
-    assert (outcome.status, outcome.facts.exit_code) == (Status.ERROR, 7)
-    assert "again" in outcome.stderr
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            outcome = await run(engine, code, "javascript")
+            assert (outcome.status, outcome.facts.exit_code) == (Status.ERROR, 7)
+            assert "again" in outcome.stderr
+
+    asyncio.run(main())
 
 
 LEAVE_IN_DESCRIPTORS = """
