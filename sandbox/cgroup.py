@@ -123,13 +123,13 @@ class Leaf:
         """`free` is where it waits for its next use."""
         self._layout = layout
         self._folders = folders
-        self._controllers = {folder: controller for controller, folder in folders.items()}.values()
-        self._places = set(folders.values())  # controllers that are mounted together share one
+        self._places = {
+            folder: controller for controller, folder in folders.items()
+        }  # those mounted together share one
         self._free = free
         self._open: dict[tuple[str, str, int], int] = {}
         self._limits: tuple[int, int] | None = None
         self._oom_fd: int | None = None
-        self._is_watched = False
         self._oom_told = 0
         self._oom_kills_before = self._refused_forks_before = 0
 
@@ -174,7 +174,7 @@ class Leaf:
 
         One that moves itself, without threads, moves at once; moving another makes all processors take note first.
         """
-        return [self._fd((controller, "cgroup.procs"), os.O_WRONLY) for controller in self._controllers]
+        return [self._fd((controller, "cgroup.procs"), os.O_WRONLY) for controller in self._places.values()]
 
     def watch_oom(self, on_oom: Callable[[], None]) -> None:
         """Calls `on_oom` from the event loop when the kernel had to kill for memory (version 1: version 2 has
@@ -187,7 +187,6 @@ class Leaf:
             events = self._fd((self._layout.oom_events[0], "cgroup.event_control"), os.O_WRONLY)
             os.write(events, f"{self._oom_fd} {control}".encode())
         asyncio.get_running_loop().add_reader(self._oom_fd, self._oom_happened, on_oom)
-        self._is_watched = True
 
     def _oom_happened(self, on_oom: Callable[[], None]) -> None:
         self._hear_of_oom()
@@ -301,9 +300,8 @@ class Leaf:
         return _field(self._read(self._layout.pids_events), "max")
 
     def _stop_watching_oom(self) -> None:
-        if self._oom_fd is not None and self._is_watched:
+        if self._oom_fd is not None:
             asyncio.get_running_loop().remove_reader(self._oom_fd)
-        self._is_watched = False
 
     def _read(self, knob: tuple[str, str]) -> str:
         return os.pread(self._fd(knob, os.O_RDONLY), READ_BYTES, 0).decode()

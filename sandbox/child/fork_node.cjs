@@ -125,7 +125,7 @@ function begin () {
     program.writeBigUInt64LE(BigInt(koffi.address(instructions)), 8)
     return { program, instructions }
   })
-  const generator = findGenerator()
+  const generator = findGenerator(BigInt(koffi.address(libc.currentIsolate())))
   rehearse()
   for (let capability = 0; libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) === 0;) capability++
   call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) // a program that is started has no rights

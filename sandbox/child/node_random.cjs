@@ -7,8 +7,7 @@ const koffi = require('/forkserver/node_modules/koffi')
 
 const self = koffi.load(null)
 const getrandom = self.func('long getrandom(void *, size_t, uint)')
-// Of V8, by the names that its compiler gives them
-const currentIsolate = self.func('_ZN2v87Isolate10GetCurrentEv', 'void *', [])
+// Of V8, by the name that its compiler gives it
 const setSeed = self.func('_ZN2v84base21RandomNumberGenerator7SetSeedEl', 'void', ['uintptr_t', 'int64'])
 
 /**
@@ -28,7 +27,7 @@ function reseed (generator) {
  * The address of V8's generator, which has no name: of all that the isolate points to, the one whose two words of state
  * move on, when something is numbered, as its algorithm (xorshift128+) has it.
  */
-function findGenerator () {
+function findGenerator (isolateAddress) {
   const [ISOLATE_BYTES, STATE, MOST_STEPS] = [1 << 17, 8n, 64]
   const memory = fs.openSync('/proc/self/mem', 'r')
   const stateAt = (address) => {
@@ -40,7 +39,7 @@ function findGenerator () {
     }
   }
   const isolate = Buffer.alloc(ISOLATE_BYTES)
-  const length = fs.readSync(memory, isolate, 0, ISOLATE_BYTES, BigInt(koffi.address(currentIsolate())))
+  const length = fs.readSync(memory, isolate, 0, ISOLATE_BYTES, isolateAddress)
   const states = new Map()
   for (let place = 0; place + 8 <= length; place += 8) {
     const address = isolate.readBigUInt64LE(place)

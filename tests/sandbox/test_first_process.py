@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import signal
@@ -10,8 +11,15 @@ from pathlib import Path
 import pytest
 
 from sandbox.first_process import CODE, IGNORE, WORD, executable
+from tests.conftest import until
 
 HERE = platform.machine()
+
+
+def ignores_children(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
+    ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
+    return bool(ignored >> (signal.SIGCHLD - 1) & 1)
 
 
 def test_it_says_that_it_is_there_closes_its_descriptor_and_sleeps(tmp_path: Path) -> None:
@@ -26,9 +34,7 @@ def test_it_says_that_it_is_there_closes_its_descriptor_and_sleeps(tmp_path: Pat
         with open(read_end, "rb") as said:
             assert said.read() == b"init"  # to the end of the file: it has closed it
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
-        status = Path(f"/proc/{pid}/status").read_text()
-        ignored = int(status.partition("SigIgn:")[2].split()[0], 16)
-        assert ignored >> (signal.SIGCHLD - 1) & 1
+        asyncio.run(until(lambda: ignores_children(pid)))  # a moment later
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
