@@ -44,6 +44,9 @@ class Layout:
     cpu_field: str | None
     cpu_per_ms: int
     weight: tuple[str, str, str]
+    own_entrance: str
+    """What a process without threads writes "0" to. For version 1's `cgroup.procs`, a kernel stops all forks and waits
+    some milliseconds; version 2 has no other file for it."""
 
 
 V1 = Layout(
@@ -60,6 +63,7 @@ V1 = Layout(
     cpu_field=None,
     cpu_per_ms=1_000_000,
     weight=("cpu", "cpu.shares", "128"),
+    own_entrance="tasks",
 )
 V2 = Layout(
     memory_max=("", "memory.max"),
@@ -75,6 +79,7 @@ V2 = Layout(
     cpu_field="usage_usec",
     cpu_per_ms=1_000,
     weight=("", "cpu.weight", "12"),
+    own_entrance="cgroup.procs",
 )
 
 
@@ -166,15 +171,12 @@ class Leaf:
 
     def add(self, pid: int) -> None:
         """Puts a process, and so whatever it will fork, into the group."""
-        for fd in self.entrances():
-            os.pwrite(fd, str(pid).encode(), 0)
+        for controller in self._places.values():
+            self._write((controller, "cgroup.procs"), pid)
 
     def entrances(self) -> list[int]:
-        """Descriptors, which stay the group's: a process that writes "0" to each is in it.
-
-        One that moves itself, without threads, moves at once; moving another makes all processors take note first.
-        """
-        return [self._fd((controller, "cgroup.procs"), os.O_WRONLY) for controller in self._places.values()]
+        """Descriptors, which stay the group's: a process without threads that writes "0" to each is in it."""
+        return [self._fd((controller, self._layout.own_entrance), os.O_WRONLY) for controller in self._places.values()]
 
     def watch_oom(self, on_oom: Callable[[], None]) -> None:
         """Calls `on_oom` from the event loop when the kernel had to kill for memory (version 1: version 2 has

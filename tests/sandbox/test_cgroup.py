@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,24 @@ def test_a_group_ends_and_counts_all_that_is_in_it() -> None:
         groups.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may make control groups here")
+def test_a_process_enters_a_group_by_itself() -> None:
+    groups = open_cgroups()
+    leaf = groups.leaf()
+    enter = "import os, sys; [os.write(int(fd), b'0') for fd in sys.argv[1:]]; print(os.getpid(), flush=True); input()"
+    command = [sys.executable, "-c", enter, *map(str, leaf.entrances())]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=leaf.entrances())
+    assert child.stdout is not None
+
+    assert int(child.stdout.readline()) == child.pid
+    for folder in groups.folders.values():
+        inside = next(folder.glob("run-*")) / "cgroup.procs"
+        assert inside.read_text().split() == [str(child.pid)]
+    child.communicate(b"\n")
+    asyncio.run(leaf.remove())
+    groups.close()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may make control groups here")
