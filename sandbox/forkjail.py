@@ -16,6 +16,7 @@ from pathlib import Path
 from sandbox.engine import EngineUnavailable
 from sandbox.jail import JailGroup, before_exec
 from sandbox.model import Limits
+from sandbox.world import Parent
 
 log = logging.getLogger(__name__)
 START_SECONDS = 20.0
@@ -25,7 +26,7 @@ OWN_LIMITS = Limits(memory_bytes=1 << 30, processes=1 << 14)
 
 
 class ForkServer:
-    """One jail whose first process forks on request."""
+    """One jail whose first process forks on request. `parent` is what it has told of itself."""
 
     def __init__(
         self, nsjail: Path, config: str, setup: bytes, leaf: JailGroup, give_back: Callable[[], None], *, warded: bool
@@ -36,6 +37,7 @@ class ForkServer:
             EngineUnavailable: it did not start; the text has its own last words.
         """
         self.forks = self.slots = 0
+        self.parent = Parent(0, 0, ())
         self._is_lost = False
         self._leaf = leaf
         self._give_back = give_back
@@ -61,8 +63,11 @@ class ForkServer:
                 configuration.close()
                 self._control.settimeout(START_SECONDS)
                 self._control.send(setup)
-                if self._control.recv(REPLY_BYTES) != b"ready":
+                word, *numbers = self._control.recv(REPLY_BYTES).split() or [b""]
+                if word != b"ready":
                     raise EngineUnavailable(f"a fork server did not start: {self._last_words()}")
+                base, generator, *inherited = map(int, numbers)
+                self.parent = Parent(base, generator, tuple(inherited))
             except OSError as failure:
                 words = self._last_words()
                 self.close()

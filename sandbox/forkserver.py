@@ -10,6 +10,7 @@ import marshal
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 from background import spawn
 from sandbox.cgroup import TooLittleMemory
@@ -30,12 +31,13 @@ from sandbox.policy import (
     folder,
     identity,
     quoted,
-    scratch,
     tree,
 )  # fmt: skip
 from sandbox.ready import LEFT_FOR_FIRST, Ready
 from sandbox.seccomp import bpf, kafel_of_fork_server
 from sandbox.slot import ForkServerLost, Slot
+from sandbox.syscalls import CODE_AT, PART, REQUEST_AT, SHARED_AT, code
+from sandbox.world import request, shared
 
 log = logging.getLogger(__name__)
 
@@ -56,9 +58,13 @@ PRELOAD = (
 )  # fmt: skip
 """Python's modules that programs import most, apart from those that python has imported anyway."""
 TRIALS: dict[Language, tuple[str, str]] = {
-    "python": ("import os, sys; print(os.getpid(), sys.argv)", "2 ['main.py']\n"),
-    "javascript": ("console.log(process.pid > 0, process.argv.length)", "true 2\n"),
+    "python": (
+        "import os, random, sys; print(os.getpid(), sys.argv); print(random.random(), file=sys.stderr)",
+        "2 ['main.py']\n",
+    ),
+    "javascript": ("console.log(process.pid > 0, process.argv.length); console.error(Math.random())", "true 2\n"),
 }
+"""What a program prints; on its standard error, it is to be something else each time."""
 
 
 class ForkServerEngine:
@@ -98,7 +104,6 @@ class ForkServerEngine:
         self._host = host = await asyncio.to_thread(Host, self._wanted)
         try:
             self._filters = bpf()
-            self._first_process = executable(platform.machine())
             self._koffi = find_koffi(not host.is_root, runtime_folder())
             if self._koffi is None:
                 log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
@@ -167,9 +172,12 @@ class ForkServerEngine:
 
     async def _try(self, language: Language) -> None:
         code, expected = TRIALS[language]
-        outcome = await self.run(Job(language, code), Channel())
-        if (outcome.status, outcome.stdout) != (Status.OK, expected):
-            raise EngineUnavailable(f"{language} does not run well when forked: {outcome.error or outcome.stdout}")
+        outcomes = [await self.run(Job(language, code), Channel()) for _ in range(2)]
+        for outcome in outcomes:
+            if (outcome.status, outcome.stdout) != (Status.OK, expected):
+                raise EngineUnavailable(f"{language} does not run well when forked: {outcome.error or outcome.stdout}")
+        if len({outcome.stderr for outcome in outcomes}) < len(outcomes):
+            raise EngineUnavailable(f"{language} has the same random numbers in each run when it is forked")
 
     def _make_slot(self, host: Host, language: Language, limits: Limits, attempts: int = 2 * SEEDS) -> Slot:
         """A slot that waits, of the first fork server that answers. Called in threads."""
@@ -177,27 +185,18 @@ class ForkServerEngine:
         server = servers.take()
         uid = self._uids.take()
         inside = INSIDE_UID + 1 + uid - self._first_uid - SERVER_UIDS if host.is_root else INSIDE_UID
-        request: dict[str, object] = {
-            "user": inside,
-            "scratch": f"{scratch(limits)},uid={inside},gid={inside}",
-            "open_files": limits.open_files,
-        }
-        if language == "javascript" and self._koffi is None:
-            interpreter = str(host.interpreters[language].inside)
-            request["start"] = {
-                "argv": [interpreter, "--require", "/preload/preload.cjs", LANGUAGES[language].file_name],
-                "environment": environment_inside(host, language),
-            }
+        starts = language == "javascript" and self._koffi is None
         leaf = host.groups.leaf()
-        forks_node = language == "javascript" and self._koffi is not None
-        encoded = json.dumps(request).encode() if forks_node else marshal.dumps(request, MARSHAL_VERSION)
+        entrances = len(leaf.entrances())
+        extra = self._started_ahead(host, language) if starts else b""
+        image = request(server.parent, inside, limits, entrances, len(self._filters), extra)
 
         def give_back() -> None:
             servers.give_back(server)
             self._uids.give_back(uid)
 
         try:
-            return Slot(server, leaf, uid, encoded, give_back)
+            return Slot(server, leaf, uid, image, give_back)
         except (ForkServerLost, ConnectionError, TimeoutError) as loss:
             server.lost()
             failure: OSError = loss
@@ -227,8 +226,25 @@ class ForkServerEngine:
             *environment_of({**surroundings, "PYTHONPATH": ":".join(["/forkserver", *packages])}),
             command_of([python, LANGUAGES["python"].file_name]),
         ]  # fmt: skip
-        setup = {"filters": self._filters, "first_process": self._first_process, "preload": self._preload}
+        setup = {**self._setup(), "preload": self._preload}
         return self._start(host, lines, marshal.dumps(setup, MARSHAL_VERSION))
+
+    def _setup(self) -> dict[str, Any]:
+        return {
+            "first_process": executable(platform.machine()),
+            "code": code(platform.machine()),
+            "shared": shared(self._filters),
+            "code_at": CODE_AT,
+            "shared_at": SHARED_AT,
+            "request_at": REQUEST_AT,
+            "size": PART,
+        }
+
+    def _started_ahead(self, host: Host, language: Language) -> bytes:
+        """A command and an environment."""
+        argv = [str(host.interpreters[language].inside), "--require", "/preload/preload.cjs"]
+        command = [*argv, LANGUAGES[language].file_name], environment_inside(host, language)
+        return marshal.dumps(command, MARSHAL_VERSION)
 
     def _started_for_node(self, host: Host) -> ForkServers:
         """Blocks."""
@@ -257,7 +273,7 @@ class ForkServerEngine:
             *environment_of({**environment_inside(host, "javascript"), "FORK_SERVER": "1"}),
             command_of([node, *options, LANGUAGES["javascript"].file_name]),
         ]
-        setup = {"filters": [one.hex() for one in self._filters], "firstProcess": self._first_process.hex()}
+        setup = {name: part.hex() if isinstance(part, bytes) else part for name, part in self._setup().items()}
         return self._start(host, lines, json.dumps(setup).encode())
 
     def _start(self, host: Host, lines: list[str], setup: bytes) -> ForkServer:

@@ -7,6 +7,7 @@ kernel), and what is dangerous or privileged and well known is refused outright 
 from __future__ import annotations
 
 import contextlib
+import functools
 import tempfile
 from typing import Any
 
@@ -152,11 +153,7 @@ def bpf() -> list[bytes]:
     Raises:
         OSError: libseccomp is not on this machine.
     """
-    try:
-        import pyseccomp as library
-    except RuntimeError as failure:
-        raise OSError(str(failure)) from failure
-
+    library = _library()
     by_argument = library.SyscallFilter(library.ALLOW)
     for flag in (1 << bit for bit in range(32) if REFUSED_CLONE >> bit & 1):
         by_argument.add_rule(library.ERRNO(EPERM), "clone", library.Arg(0, library.MASKED_EQ, flag, flag))
@@ -181,6 +178,24 @@ def bpf() -> list[bytes]:
             with contextlib.suppress(OSError):  # a call that this machine or its libseccomp does not have
                 by_name.add_rule(action, name)
     return [_exported(policy) for policy in (by_argument, by_name)]
+
+
+@functools.cache
+def number_of(call: str) -> int:
+    """A system call's number on this machine. Raises OSError."""
+    library = _library()
+    number: int = library.resolve_syscall(library.Arch.NATIVE, call)
+    if number < 0:
+        raise OSError(ENOSYS, f"this machine has no {call}")
+    return number
+
+
+def _library() -> Any:
+    try:
+        import pyseccomp
+    except RuntimeError as failure:
+        raise OSError(str(failure)) from failure
+    return pyseccomp
 
 
 def _exported(policy: Any) -> bytes:

@@ -21,6 +21,7 @@ from sandbox.model import Channel, Job, Outcome
 from sandbox.pipes import Descriptors
 from sandbox.process import Watch
 from sandbox.report import REPORT_BYTES, Reports
+from sandbox.syscalls import Image
 
 CREDENTIALS = struct.Struct("3i")
 
@@ -33,7 +34,7 @@ class Slot:
     """Made ahead of the run that will use it, in a thread."""
 
     def __init__(
-        self, server: ForkServer, leaf: JailGroup, uid: int, request: bytes, give_back: Callable[[], None]
+        self, server: ForkServer, leaf: JailGroup, uid: int, request: Image, give_back: Callable[[], None]
     ) -> None:
         """`uid` is the slot's user outside; `request` is for the fork server; `give_back` is called when it is gone.
 
@@ -58,10 +59,10 @@ class Slot:
         try:
             self._end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             self._end.settimeout(SETUP_SECONDS)
-            server.fork(request, [far_end.fileno(), self._job, *theirs, *entrances])
+            server.fork(request.bytes, [far_end.fileno(), self._job, *theirs, *entrances])
             far_end.close()
             self._fds.close(*theirs)
-            init, self._program = self._await_ready()
+            init, self._program = self._await_ready(request)
             self._pidfd = self._fds.keep(os.pidfd_open(init))
             if not entrances:
                 leaf.add(init)
@@ -87,7 +88,7 @@ class Slot:
                 self._folder = self._fds.keep(os.open(f"/proc/{self._program}/cwd", os.O_PATH | os.O_CLOEXEC))
                 if os.geteuid() == 0 and os.fstat(self._folder).st_uid != self._uid:
                     return  # it is gone, and its number is somebody else's
-            self._end.send(b"g")
+            self._end.send(str(len(task)).encode())
 
     async def watch(self, job: Job, channel: Channel) -> Outcome:
         """The run, to the end of its program, and of whatever it has left running when this end was reported."""
@@ -151,7 +152,7 @@ class Slot:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def _await_ready(self) -> tuple[int, int]:
+    def _await_ready(self, request: Image) -> tuple[int, int]:
         """Waits for the first process of the pid namespace and for the program's; gives their ids outside."""
         pids: dict[bytes, int] = {}
         while pids.keys() != {b"init", b"ready"}:
@@ -159,7 +160,8 @@ class Slot:
             if not word:
                 raise ForkServerLost("a fork server is gone")
             if word not in (b"init", b"ready"):
-                raise OSError(f"a fork server's child did not start: {word.decode(errors='replace')}")
+                why = request.failure(word.decode(errors="replace").removeprefix("failed: "))
+                raise OSError(f"a fork server's child did not start: {why}")
             pids[word], _, _ = CREDENTIALS.unpack(ancillary[0][2])
         return pids[b"init"], pids[b"ready"]
 

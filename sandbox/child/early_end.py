@@ -8,9 +8,13 @@ import contextlib
 import ctypes
 import gc
 import io
+import itertools
 import sys
 import types
 import weakref
+
+LAST = "sitecustomize"
+"""Of the warm modules in sys.modules."""
 
 libc = ctypes.PyDLL(None)
 
@@ -55,9 +59,15 @@ def flush() -> None:
             file.flush()
 
 
+def added(warm: frozenset[str]) -> list[str]:
+    """The names of modules that are not warm. They stand behind those that are, each of which would be touched."""
+    behind = itertools.takewhile(lambda name: name != LAST, reversed(sys.modules))
+    return [name for name in behind if name not in warm][::-1]
+
+
 def finalize(warm: frozenset[str]) -> None:
     """Lets the program's modules go, in python's order, so that finalizers run."""
-    names = [name for name in sys.modules if name not in warm or name == "__main__"]
+    names = ["__main__", *added(warm)]
     modules = [weakref.ref(sys.modules[name]) for name in names]
     for name in names:
         sys.modules[name] = None  # type: ignore[assignment]

@@ -10,41 +10,36 @@ const fs = require('node:fs')
 const { inspect } = require('node:util')
 const { queryObjects } = require('node:v8')
 const koffi = require('/forkserver/node_modules/koffi')
-const { findGenerator, reseed } = require('/forkserver/node_random.cjs')
+const { findGenerator } = require('/forkserver/node_random.cjs')
 
 const MESSAGE_BYTES = 1 << 18
 const MOST_DESCRIPTORS = 16
-const [REPORT, JOB, STDIN, FIRST_GROUP] = [0, 1, 2, 5]
+const HEADER = 8
+const [REPORT, JOB] = [0, 1] // places in a request's descriptors, and, from `base` on, in a child
+const INIT = 1 // from `base` on, three are the fork server's own: all that come with a request are above
 
-const CLONE_NEWPID = 0x20000000
-const CLONE_OTHERS = 0x00020000 | 0x02000000 | 0x04000000 | 0x08000000 | 0x40000000 // ns, cgroup, uts, ipc, net
-const [MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MNT_DETACH] = [1, 2, 4, 8, 2]
-const [PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS] = [4, 22, 24, 38]
-const [PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL] = [47, 4]
-const [SECCOMP_MODE_FILTER, INSTRUCTION_BYTES] = [2, 8]
-const CAPABILITY_VERSION_3 = 0x20080522
+const [PROT_READ, PROT_WRITE, PROT_EXEC] = [1, 2, 4]
+const MAPPING = 2 | 0x20 | 0x100000 // private, anonymous, fixed and not in place of another
+const [PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL] = [24, 47, 4]
 const SIGKILL = 9
 const EINTR = 4
 const [MSG_CMSG_CLOEXEC, POLLIN, POSIX_SPAWN_SETPGROUP] = [0x40000000, 1, 2]
-const SYS = { x64: { setresuid: 117, setresgid: 119 }, arm64: { setresuid: 147, setresgid: 149 } }[process.arch]
-SYS.pidfd_open = 434
-const [O_PATH, O_CLOEXEC] = [0x200000, 0x80000]
-const RLIMIT_NOFILE = 7
+const PIDFD_OPEN = 434
+const [O_RDWR, O_PATH, O_CLOEXEC, F_GETFD, F_DUPFD_CLOEXEC] = [2, 0x200000, 0x80000, 1, 1030]
 
 const self = koffi.load(null)
 const libc = {}
 for (const declaration of [
-  'long recvmsg(int, void *, int)', 'int fork()', 'int setpgid(int, int)', 'int unshare(int)', 'int setns(int, int)',
-  'int mount(str, str, str, unsigned long, str)', 'int umount2(str, int)', 'int dup2(int, int)', 'int close(int)',
-  'int prctl(int, unsigned long, uintptr_t, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
-  'int kill(int, int)', 'int poll(void *, unsigned long, int)', 'long syscall(long, long, long, long)',
+  'long recvmsg(int, void *, int)', 'int fork()', 'int dup3(int, int, int)', 'int close(int)', 'int kill(int, int)',
+  'void *mmap(uintptr_t, size_t, int, int, int, long)', 'int mprotect(uintptr_t, size_t, int)',
+  'int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
+  'int poll(void *, unsigned long, int)', 'long syscall(long, long, long, long)',
   'int posix_spawn(void *, str, void *, void *, const char **, const char **)',
   'int posix_spawn_file_actions_init(void *)', 'int posix_spawn_file_actions_destroy(void *)',
   'int posix_spawn_file_actions_addclose(void *, int)', 'int posix_spawn_file_actions_adddup2(void *, int, int)',
-  'int posix_spawnattr_init(void *)', 'int posix_spawnattr_setflags(void *, short)',
-  'int setrlimit(int, void *)', 'int capset(void *, void *)', 'void _exit(int)',
-  'int memfd_create(str, uint)', 'int open(str, int)', 'void *dlsym(uintptr_t, str)', 'void *uv_default_loop()',
-  'int uv_loop_fork(void *)'
+  'int posix_spawnattr_init(void *)', 'int posix_spawnattr_setflags(void *, short)', 'void _exit(int)',
+  'int memfd_create(str, uint)', 'int open(str, int)', 'int fcntl(int, int, int)', 'void *dlsym(uintptr_t, str)',
+  'void *uv_default_loop()', 'int uv_loop_fork(void *)'
 ]) {
   libc[declaration.match(/(\w+)\(/)[1]] = self.func(declaration)
 }
@@ -71,79 +66,102 @@ function steady (bytes) {
 
 /** Forks a child for every request. Returns in the child that is to be the program, and nowhere else. */
 function serve () {
-  const { filters, startFirst, generator } = begin()
-  const receive = receiver()
+  const { base, perform, startFirst, image, receive } = begin()
   const ends = new Ends()
-  const [ownUser, ownGroup] = [process.getuid(), process.getgid()]
-  const ownPids = fs.openSync('/proc/self/ns/pid', 'r')
   for (;;) {
     ends.reportedUntilRequest()
-    const { text, descriptors } = receive()
-    if (!text) libc._exit(0) // the server is gone
-    const request = JSON.parse(text)
-    const [report, job] = descriptors
+    const { lists, descriptors } = receive()
+    const report = descriptors[REPORT]
     let [init, program] = [0, -1]
     try {
-      call('unshare', CLONE_NEWPID) // for the next children only
-      become(request.user, request.user)
+      perform('before', lists.before)
       init = startFirst(report)
       ends.watch(init)
       program = call('fork')
+      if (program === 0) {
+        perform('child', lists.child)
+        call('uv_loop_fork', libc.uv_default_loop())
+        perform('wait', lists.wait)
+        const size = Number(image.toString('latin1', lists.room, image.indexOf(0, lists.room)))
+        return { report: base + REPORT, job: base + JOB, size }
+      }
     } catch (failure) {
-      fs.writeSync(report, `failed: ${failure.message}`)
+      try { fs.writeSync(program === 0 ? base + REPORT : report, `failed: ${failure.message}`) } catch {} // nobody listens
+      if (program === 0) libc._exit(1)
       if (init) call('kill', init, SIGKILL)
     }
-    if (program === 0) {
-      try {
-        libc.close(ownPids)
-        ends.forget()
-        makeWorld(request.scratch, descriptors.slice(FIRST_GROUP))
-        giveUpRights(request.open_files, filters)
-        becomeProgram(descriptors, generator)
-      } catch (failure) {
-        fs.writeSync(report, `failed: ${failure.message}`)
-        libc._exit(1)
-      }
-      return { report, job }
-    }
-    become(ownUser, ownGroup)
-    call('setns', ownPids, CLONE_NEWPID)
+    perform('after', lists.after)
     if (program > 0) ends.watch(program, init, report)
     else libc.close(report)
-    for (const descriptor of descriptors.slice(JOB)) libc.close(descriptor)
   }
 }
 
 function begin () {
-  const buffer = Buffer.alloc(MESSAGE_BYTES)
-  const setup = JSON.parse(buffer.toString('utf8', 0, fs.readSync(0, buffer)))
-  const filters = setup.filters.map((hex) => {
-    const instructions = steady(hex.length / 2)
-    instructions.write(hex, 'hex')
-    const program = steady(16) // struct sock_fprog
-    program.writeUInt16LE(hex.length / 2 / INSTRUCTION_BYTES, 0)
-    program.writeBigUInt64LE(BigInt(koffi.address(instructions)), 8)
-    return { program, instructions }
-  })
+  const message = Buffer.alloc(MESSAGE_BYTES)
+  const setup = JSON.parse(message.toString('utf8', 0, fs.readSync(0, message)))
+  part(setup.shared_at, setup.size, setup.shared)
+  const perform = performer(setup)
   const generator = findGenerator(BigInt(koffi.address(libc.currentIsolate())))
   rehearse()
   for (let capability = 0; libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) === 0;) capability++
   call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) // a program that is started has no rights
-  const startFirst = firstProcesses(Buffer.from(setup.firstProcess, 'hex'))
-  fs.writeSync(0, 'ready')
-  return { filters, startFirst, generator }
+  const { base, inherited } = reserve(Buffer.from(setup.first_process, 'hex'))
+  const image = part(setup.request_at, setup.size)
+  const receive = receiver(image)
+  const startFirst = firstProcesses(base)
+  becomeProgram()
+  fs.writeSync(0, ['ready', base, generator, ...inherited].join(' '))
+  return { base, perform, startFirst, image, receive }
 }
 
-/**
- * A function that starts a pid namespace's first process, as the leader of a process group. Its file is one that nobody
- * may read: so no process can look into one that runs it.
- */
-function firstProcesses (content) {
+/** Memory at an address that the server has chosen. */
+function part (address, size, hex = '') {
+  const memory = libc.mmap(address, size, PROT_READ | PROT_WRITE, MAPPING, -1, 0)
+  if (Number(koffi.address(memory)) !== address) throw new Error(`${address} is taken: error ${koffi.errno()}`)
+  const view = Buffer.from(koffi.view(memory, size))
+  view.write(hex, 'hex')
+  return view
+}
+
+/** A function that makes the system calls of a list: it is given the list's name, for its error, and its place. */
+function performer ({ code_at: codeAt, request_at: requestAt, size, code }) {
+  part(codeAt, size, code)
+  call('mprotect', codeAt, size, PROT_READ | PROT_EXEC)
+  const make = koffi.decode(BigInt(codeAt), koffi.proto('long makeCalls(uintptr_t)'))
+  return (name, place) => {
+    const failure = make(requestAt + 4 * place)
+    if (failure !== 0) throw new Error(`${name} ${failure}`)
+  }
+}
+
+/** Puts what is needed for ever behind what libuv and node have open, where no request's descriptors will be. */
+function reserve (firstProcess) {
+  const inherited = fs.readdirSync('/proc/self/fd').map(Number).filter((number) => number > 2 && isOpen(number))
+  const base = Math.max(2, ...inherited) + 1
   const file = call('memfd_create', 'init', 1) // MFD_CLOEXEC
-  fs.writeSync(file, content)
-  const path = `/proc/self/fd/${call('open', `/proc/self/fd/${file}`, O_PATH | O_CLOEXEC)}`
-  fs.fchmodSync(file, 0o111)
-  libc.close(file) // what is open for writing cannot be executed
+  fs.writeSync(file, firstProcess)
+  const opened = [
+    call('open', '/proc/self/ns/pid', O_CLOEXEC),
+    call('open', `/proc/self/fd/${file}`, O_PATH | O_CLOEXEC),
+    call('open', '/dev/null', O_RDWR | O_CLOEXEC)
+  ]
+  fs.fchmodSync(file, 0o111) // nobody may read it: so no process can look into one that runs it
+  const aside = opened.map((number) => call('fcntl', number, F_DUPFD_CLOEXEC, base + 2 * opened.length))
+  for (const number of [file, ...opened]) libc.close(number) // what is open for writing cannot be executed
+  aside.forEach((number, place) => {
+    call('dup3', number, base + place, O_CLOEXEC)
+    libc.close(number)
+  })
+  return { base, inherited }
+}
+
+/** Whether it is: the descriptor that the list of them was read from is not any more. */
+function isOpen (number) {
+  return libc.fcntl(number, F_GETFD, 0) !== -1
+}
+
+/** A function that starts a pid namespace's first process, as the leader of a process group. */
+function firstProcesses (base) {
   const [attributes, actions, pid] = [steady(512), steady(512), steady(4)]
   libc.posix_spawnattr_init(attributes)
   libc.posix_spawnattr_setflags(attributes, POSIX_SPAWN_SETPGROUP) // and the group is a new one, unless told otherwise
@@ -151,7 +169,7 @@ function firstProcesses (content) {
     libc.posix_spawn_file_actions_init(actions)
     for (const number of [0, 1, 2]) libc.posix_spawn_file_actions_addclose(actions, number)
     libc.posix_spawn_file_actions_adddup2(actions, report, 3)
-    const error = libc.posix_spawn(pid, path, actions, attributes, ['init', null], [null])
+    const error = libc.posix_spawn(pid, `/proc/self/fd/${base + INIT}`, actions, attributes, ['init', null], [null])
     libc.posix_spawn_file_actions_destroy(actions)
     if (error !== 0) throw new Error(`posix_spawn failed with error ${error}`)
     return pid.readInt32LE(0)
@@ -164,7 +182,7 @@ class Ends {
 
   /** When `pid` has ended, so will its `init`, and `report`, which is taken over, is told. */
   watch (pid, init = 0, report = -1) {
-    this.#living.set(call('syscall', SYS.pidfd_open, pid, 0, 0), { pid, init, report })
+    this.#living.set(call('syscall', PIDFD_OPEN, pid, 0, 0), { pid, init, report })
   }
 
   /** Hears of ends until there is something to read from the server. */
@@ -180,14 +198,6 @@ class Ends {
       const ready = descriptors.filter((_, place) => set.readInt16LE(8 * place + 6) !== 0)
       for (const pidfd of ready) if (pidfd !== 0) this.#ended(pidfd)
       if (ready.length === 1 && ready[0] === 0) return
-    }
-  }
-
-  /** For a child: they are not its own. */
-  forget () {
-    for (const [pidfd, { report }] of this.#living) {
-      libc.close(pidfd)
-      if (report !== -1) libc.close(report)
     }
   }
 
@@ -210,6 +220,7 @@ class Ends {
 function rehearse () {
   const { Console } = require('node:console')
   const { Writable } = require('node:stream')
+  fs.writeFileSync('/dev/null', JSON.parse('"text"'), { flag: 'r+' })
   require('node:net') // what process.stdout is made of, when it is a pipe
   const quiet = new Console(new Writable({ write: (chunk, encoding, done) => done() }))
   quiet.log('%s', 1, { a: ['b', 2n, null] }, new Map([[1, new Error('rehearsal')]]))
@@ -219,13 +230,13 @@ function rehearse () {
   process.emitWarning = emitWarning
 }
 
-/** A function that waits for one message: its text, and the descriptors that came with it. */
-function receiver () {
+/** A function that waits for the next request, which is put into `image`: its lists, and the descriptors with it. */
+function receiver (image) {
   const controlBytes = 16 + 4 * MOST_DESCRIPTORS
-  const [text, control] = [steady(MESSAGE_BYTES), steady(controlBytes)]
-  const [vector, header] = [steady(16), steady(56)] // struct iovec, struct msghdr
-  vector.writeBigUInt64LE(BigInt(koffi.address(text)), 0)
-  vector.writeBigUInt64LE(BigInt(text.length), 8)
+  const [vector, header, control] = [steady(16), steady(56), steady(controlBytes)] // struct iovec, struct msghdr
+  const numbers = new Int32Array(image.buffer)
+  vector.writeBigUInt64LE(BigInt(koffi.address(image)), 0)
+  vector.writeBigUInt64LE(BigInt(image.length), 8)
   header.writeBigUInt64LE(BigInt(koffi.address(vector)), 16)
   header.writeBigUInt64LE(1n, 24)
   header.writeBigUInt64LE(BigInt(koffi.address(control)), 32)
@@ -235,73 +246,24 @@ function receiver () {
       header.writeBigUInt64LE(BigInt(controlBytes), 40)
       length = libc.recvmsg(0, header, MSG_CMSG_CLOEXEC)
     } while (length === -1 && koffi.errno() === EINTR)
+    if (length <= 0) libc._exit(0) // the server is gone
     const descriptors = []
-    const end = length > 0 && header.readBigUInt64LE(40) >= 16n ? Number(control.readBigUInt64LE(0)) : 0
+    const end = Number(control.readBigUInt64LE(0))
     for (let place = 16; place < end; place += 4) descriptors.push(control.readInt32LE(place))
-    return { text: length > 0 ? text.toString('utf8', 0, length) : '', descriptors }
+    const [before, child, wait, after, room, , , patches] = numbers
+    for (let place = HEADER; place < HEADER + 2 * patches; place += 2) {
+      numbers[numbers[place]] = descriptors[numbers[place + 1]]
+    }
+    return { lists: { before, child, wait, after, room }, descriptors }
   }
 }
 
-/** Takes another user's place; the rights stay. Where there is one user only, it is nobody else's. */
-function become (user, group) {
-  if (user === process.getuid()) return
-  call('syscall', SYS.setresgid, group, group, group) // not libc's own, which stops all threads first
-  call('syscall', SYS.setresuid, user, user, user)
-}
-
-/** Moves into a new world, with nothing in it. */
-function makeWorld (scratch, groups) {
-  call('setpgid', 0, 1) // a signal to its process group does not reach others
-  for (const group of groups) { // from here on, what is used counts as the run's
-    fs.writeSync(group, '0')
-    libc.close(group)
-  }
-  call('unshare', CLONE_OTHERS)
-  call('mount', 'proc', '/proc', 'proc', MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, null)
-  for (const place of ['/tmp', '/work', '/dev/shm']) {
-    call('mount', 'tmpfs', place, 'tmpfs', MS_NOSUID | MS_NODEV, scratch)
-  }
-  call('umount2', '/forkserver', MNT_DETACH)
-  process.chdir('/work')
-}
-
-/** Drops every right that could be used or regained. */
-function giveUpRights (openFiles, filters) {
-  const limit = Buffer.alloc(16) // struct rlimit
-  limit.writeBigUInt64LE(BigInt(openFiles), 0)
-  limit.writeBigUInt64LE(BigInt(openFiles), 8)
-  call('setrlimit', RLIMIT_NOFILE, limit)
-  const version = Buffer.alloc(8)
-  version.writeUInt32LE(CAPABILITY_VERSION_3, 0)
-  call('capset', version, Buffer.alloc(24))
-  call('prctl', PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-  for (const { program } of filters) call('prctl', PR_SET_SECCOMP, SECCOMP_MODE_FILTER, koffi.address(program), 0, 0)
-  call('prctl', PR_SET_DUMPABLE, 1, 0, 0, 0)
-}
-
-/** Takes the standard streams, and becomes a node like one that has just been started. */
-function becomeProgram (descriptors, generator) {
-  for (const number of [0, 1, 2]) call('dup2', descriptors[STDIN + number], number)
-  loseInheritance(descriptors)
-  call('uv_loop_fork', libc.uv_default_loop())
+/** Becomes, but for the fork, a node like one that has just been started. */
+function becomeProgram () {
   Object.defineProperty(process, 'pid', { ...Object.getOwnPropertyDescriptor(process, 'pid'), value: 2 })
   // Its parent is outside of its pid namespace. With 0 for it, a signal would reach one's own process group.
   Object.defineProperty(process, 'ppid', { ...Object.getOwnPropertyDescriptor(process, 'ppid'), value: 1 })
-  reseed(generator)
   leaveEarly()
-}
-
-/**
- * Makes every descriptor that libuv and node have opened lead nowhere: the fork server and all its children share what is
- * behind them. Their numbers stay taken until libuv, which still knows them, has closed them.
- */
-function loseInheritance ([report, job]) {
-  const nowhere = fs.openSync('/dev/null', 'r+')
-  for (const name of fs.readdirSync('/proc/self/fd')) {
-    const number = Number(name)
-    if (number > 2 && ![report, job, nowhere].includes(number)) libc.dup2(nowhere, number) // one has just been closed
-  }
-  libc.close(nowhere)
 }
 
 /**

@@ -1,12 +1,13 @@
 """The fork server for Python: an interpreter that has started up to its last step before main.py, and is forked there.
 
-It runs as `sitecustomize`, inside `import site`. A child that gets a job returns from here, and python goes on to run
-main.py by itself, exactly as if it had just been started. Standard input is the socket to the server. The first message
-on it is the set-up; each one after it asks for one child and brings its descriptors. For each child, a new pid
-namespace gets a first process that does nothing; the child makes the other namespaces and gives up its rights by
-itself. What is touched after the fork costs most, because each page is then copied: so little is.
+It is loaded as `sitecustomize`. When python has started and asks its path hooks whether main.py is an archive, one of
+them forks. A child that gets a job answers that it is none, and python goes on to run main.py by itself, exactly as if
+it had just been started. Standard input is the socket to the server. The first message on it is the set-up; each one
+after it asks for one child and brings its descriptors. For each child, a new pid namespace gets a first process that
+does nothing; the child makes the other namespaces and gives up its rights by itself. What is touched after the fork
+costs most, because each page is then copied: so little is.
 
-A child may also become another interpreter, started ahead of its job (`request["start"]`).
+A child may also become another interpreter, started ahead of its job.
 """
 
 import atexit
@@ -18,131 +19,191 @@ import importlib
 import marshal
 import os
 import posix
-import resource
 import select
 import signal
-import site
 import socket
 import sys
 import time
+import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 FOLDER = "/forkserver"
 MESSAGE_BYTES = 1 << 18
 MOST_DESCRIPTORS = 16
-MOST_OPEN = 1 << 16
-REPORT, JOB, STDIN, FIRST_GROUP = 0, 1, 2, 5
-"""Places in a request's descriptors."""
+MOST_DIGITS = 24
+HEADER = 8
+REPORT, JOB = 0, 1
+"""Places in a request's descriptors, and, from `BASE` on, in a child."""
+INIT = 1
+BASE, RESERVED = 3, 3
+"""So many descriptors from there on are the fork server's own: all that come with a request are above."""
 
-CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
-CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MNT_DETACH = 2
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 4, 22, 24, 38
-PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
-SECCOMP_MODE_FILTER, INSTRUCTION_BYTES = 2, 8
-CAPABILITY_VERSION_3 = 0x20080522
+PROT_READ, PROT_WRITE, PROT_EXEC = 1, 2, 4
+MAP_PRIVATE, MAP_ANONYMOUS, MAP_FIXED_NOREPLACE = 2, 0x20, 0x100000
+PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4
 
 libc = ctypes.PyDLL(None, use_errno=True)
+libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+libc.mmap.restype = ctypes.c_void_p
+libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-class Filter(ctypes.Structure):
-    """The kernel's struct sock_fprog."""
-
-    _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_char_p))
-
-
-def call(name: str, *arguments: object) -> int:
-    """What a function of libc gives. Raises OSError."""
-    answer: int = getattr(libc, name)(*arguments)
-    if answer == -1:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-    return answer
-
-
-def serve() -> None:
-    """Forks a child for every request. Returns in the child that is to be the program, and nowhere else."""
+def begin() -> None:
+    """Takes the set-up, and has python call the fork server at its last step."""
     control = socket.socket(fileno=0)
     setup = marshal.loads(control.recv(MESSAGE_BYTES))  # noqa: S302 -- of the server
-    filters = [(Filter(len(one) // INSTRUCTION_BYTES, one),) for one in setup["filters"]]
+    reserve(setup["first_process"])
     hooks = preload(setup["preload"])
     capability = 0
     while not libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0):
         capability += 1
-    call("prctl", PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)  # a program that is started has no rights
-    first = executable(setup["first_process"])
-    own_user, own_group = os.getuid(), os.getgid()
-    own_pids = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-    ends = Ends()
+    libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)  # a program that is started has no rights
+    size, lists = setup["size"], setup["request_at"]
+    make = maker(setup["code_at"], size, setup["code"])
+    part(setup["shared_at"], size, setup["shared"])
+    image = part(lists, size)
+
+    def perform(name: str, place: int) -> None:
+        failure = make(lists + 4 * place)
+        if failure:
+            raise OSError(f"{name} {failure}")
+
+    def path_hook(path: str) -> Any:
+        del sys.path_hooks[0]
+        try:
+            serve(control, image, perform, hooks)
+        except BaseException:  # which python would take for a no, if it is an ImportError
+            traceback.print_exc()
+            os._exit(1)
+
+    sys.path_hooks.insert(0, path_hook)
+
+
+def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int], None], hooks: list[Any]) -> None:
+    """Forks a child for every request. Returns in the child that is to be the program, and nowhere else."""
+    del sys.modules[__name__]
+    sys.modules[__name__] = types.ModuleType(__name__)  # now the last
     atexit.register(leave, frozenset(sys.modules))  # the first to be registered is the last to be called
+    numbers = image.cast("i")
+    ends = Ends()
     gc.collect()
     gc.freeze()
-    control.send(b"ready")
+    have_code_mapped()
+    control.send(b"ready %d 0" % BASE)
     while True:
         ends.reported_until_request()
-        text, descriptors, _, _ = socket.recv_fds(control, MESSAGE_BYTES, MOST_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC)
-        if not text:  # the server is gone
-            os._exit(0)
-        request = marshal.loads(text)  # noqa: S302 -- of the server
+        descriptors = received(control, image)
+        before, child, wait, after, room, length, start, _ = patched(numbers, descriptors)
         report = descriptors[REPORT]
-        init = 0
+        init, program = 0, -1
         try:
-            call("unshare", CLONE_NEWPID)  # for the next children only
-            become(request["user"], request["user"])
-            init = start_first(first, report)
+            perform("before", before)
+            init = start_first(report)
             ends.watch(init)
-            program = call("fork")  # without python's own care for a forked interpreter, which touches many pages
-        except OSError as failure:
-            program = -1
-            os.write(report, f"failed: {failure}".encode())
+            program = libc.fork()  # without python's own care for a forked interpreter, which touches many pages
+            if not program:
+                perform("child", child)
+                control.detach()
+                become_program(hooks)
+                if length:
+                    start_other(*marshal.loads(image[start : start + length]))  # noqa: S302 -- of the server
+                perform("wait", wait)
+                size = bytes(image[room : room + MOST_DIGITS]).rstrip(b"\0")
+                if not size:  # not wanted any more
+                    os._exit(0)
+                take_job(BASE + REPORT, BASE + JOB, int(size))
+                return
+            if program < 0:
+                raise OSError(f"fork: {os.strerror(ctypes.get_errno())}")
+        except BaseException as failure:
+            with contextlib.suppress(OSError):  # the server does not listen any more
+                os.write(report if program else BASE + REPORT, f"failed: {failure}".encode())
+            if not program:
+                os._exit(1)
             if init:
                 os.kill(init, signal.SIGKILL)
-        if program == 0:
-            try:
-                close_all_but(descriptors)
-                control.detach()
-                make_world(request["scratch"], descriptors[FIRST_GROUP:])
-                give_up_rights(request["open_files"], filters)
-                become_program(descriptors, hooks)
-                if "start" in request:
-                    start(request["start"], descriptors)
-                await_job(report, descriptors[JOB])
-            except BaseException as failure:
-                os.write(report, f"failed: {failure!r}".encode())
-                os._exit(1)
-            return
-        become(own_user, own_group)
-        call("setns", own_pids, CLONE_NEWPID)
+        perform("after", after)
         if program > 0:
-            ends.watch(program, init, os.dup(report))
-        for descriptor in descriptors:
-            os.close(descriptor)
+            ends.watch(program, init, report)
+        else:
+            os.close(report)
 
 
-def executable(content: bytes) -> str:
-    """A name of an executable that nobody may read: so no process can look into one that runs it."""
+def part(address: int, size: int, content: bytes = b"") -> memoryview:
+    """Memory at an address that the server has chosen."""
+    flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE
+    if libc.mmap(address, size, PROT_READ | PROT_WRITE, flags, -1, 0) != address:
+        raise OSError(f"{address:#x} is taken: {os.strerror(ctypes.get_errno())}")
+    memory = memoryview((ctypes.c_char * size).from_address(address)).cast("B")
+    memory[: len(content)] = content
+    return memory
+
+
+def maker(address: int, size: int, code: bytes) -> Callable[[int], int]:
+    """The function that makes the system calls of a list, whose address it is given. Its answer is 0 if all is well."""
+    part(address, size, code)
+    libc.mprotect(address, size, PROT_READ | PROT_EXEC)
+    return ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p)(address)
+
+
+def patched(numbers: memoryview, descriptors: Sequence[int]) -> list[int]:
+    """Puts the numbers of descriptors into an image where they belong; gives its header."""
+    header = numbers[:HEADER].tolist()
+    for place in range(HEADER, HEADER + 2 * header[-1], 2):
+        numbers[numbers[place]] = descriptors[numbers[place + 1]]
+    return header
+
+
+def have_code_mapped() -> None:
+    """Has the kernel hand on, with a fork, which pages of files are in memory; else each child asks for them anew.
+
+    It does so for parts of memory of which a page was written to, and so is no file's any more.
+    """
+    with open("/proc/self/maps") as lines:
+        found = [line.split() for line in lines if " r-xp " in line or " r--p " in line]
+    for extent, rights, _, _, inode, *_ in found:
+        if inode == "0":
+            continue
+        first, last = (int(address, 16) for address in extent.split("-"))
+        allowed = PROT_READ | (PROT_EXEC if "x" in rights else 0)
+        if libc.mprotect(first, last - first, allowed | PROT_WRITE) == 0:
+            byte = ctypes.c_char.from_address(first)
+            byte.value = byte.value
+            libc.mprotect(first, last - first, allowed)
+
+
+def reserve(first_process: bytes) -> None:
+    """Puts what is needed for ever where no request's descriptors will be."""
     file = os.memfd_create("init", os.MFD_CLOEXEC)
-    os.write(file, content)
-    path = os.open(f"/proc/self/fd/{file}", os.O_PATH | os.O_CLOEXEC)
-    os.fchmod(file, 0o111)
+    os.write(file, first_process)
+    opened = (
+        os.open("/proc/self/ns/pid", os.O_RDONLY),
+        os.open(f"/proc/self/fd/{file}", os.O_PATH),
+        os.open(os.devnull, os.O_RDWR),
+    )
+    os.fchmod(file, 0o111)  # nobody may read it: so no process can look into one that runs it
     os.close(file)  # what is open for writing cannot be executed
-    return f"/proc/self/fd/{path}"
+    aside = [fcntl.fcntl(one, fcntl.F_DUPFD_CLOEXEC, BASE + 2 * RESERVED) for one in opened]
+    for place, one in enumerate(aside):
+        os.dup2(one, BASE + place, inheritable=False)
+    os.closerange(BASE + RESERVED, max(aside) + 1)
 
 
-def become(user: int, group: int) -> None:
-    """Takes another user's place; the rights stay. Where there is one user only, it is nobody else's."""
-    if user != os.getuid():
-        call("setresgid", group, group, group)
-        call("setresuid", user, user, user)
+def received(control: socket.socket, image: memoryview) -> Sequence[int]:
+    """The numbers of the descriptors that came with the next request, which is put into `image`."""
+    space = socket.CMSG_SPACE(4 * MOST_DESCRIPTORS)
+    length, ancillary, _, _ = control.recvmsg_into([image], space, socket.MSG_CMSG_CLOEXEC)
+    if not length:  # the server is gone
+        os._exit(0)
+    return memoryview(ancillary[0][2]).cast("i")
 
 
-def start_first(path: str, report: int) -> int:
+def start_first(report: int) -> int:
     """Starts a pid namespace's first process, as the leader of a process group; it says so to the server."""
     actions = [*((os.POSIX_SPAWN_CLOSE, number) for number in (0, 1, 2)), (os.POSIX_SPAWN_DUP2, report, 3)]
-    return os.posix_spawn(path, ["init"], {}, file_actions=actions, setpgroup=0)
+    return os.posix_spawn(f"/proc/self/fd/{BASE + INIT}", ["init"], {}, file_actions=actions, setpgroup=0)
 
 
 class Ends:
@@ -207,53 +268,8 @@ def preload(names: tuple[str, ...]) -> list[Any]:
     return hooks
 
 
-def skip_user_customization() -> None:
-    """Spares each child the search for a module that no jail has."""
-    wanted = site.execusercustomize
-
-    def skip() -> None:
-        site.execusercustomize = wanted
-
-    site.execusercustomize = skip
-
-
-def close_all_but(kept: list[int]) -> None:
-    """Closes whatever the fork server has open, but the standard streams, which are replaced."""
-    begin = 3
-    for descriptor in [*sorted(kept), MOST_OPEN]:
-        os.closerange(begin, descriptor)
-        begin = descriptor + 1
-
-
-def make_world(scratch: str, groups: list[int]) -> None:
-    """Moves into a new world, with nothing in it."""
-    call("setpgid", 0, 1)  # a signal to its process group does not reach others
-    for group in groups:  # from here on, what is used counts as the run's
-        os.write(group, b"0")
-        os.close(group)
-    call("unshare", CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET)
-    call("mount", b"proc", b"/proc", b"proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    for place in (b"/tmp", b"/work", b"/dev/shm"):
-        call("mount", b"tmpfs", place, b"tmpfs", MS_NOSUID | MS_NODEV, scratch.encode())
-    call("umount2", FOLDER.encode(), MNT_DETACH)
-    os.chdir("/work")
-
-
-def give_up_rights(open_files: int, filters: list[Any]) -> None:
-    """Drops every right that could be used or regained."""
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_files, open_files))
-    call("capset", (ctypes.c_uint32 * 2)(CAPABILITY_VERSION_3, 0), (ctypes.c_uint32 * 6)())
-    call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    for (one,) in filters:
-        call("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(one), 0, 0)
-    call("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0)
-
-
-def become_program(descriptors: list[int], hooks: list[Any]) -> None:
-    """Takes the standard streams, and becomes an interpreter like no other."""
-    for number in (0, 1, 2):
-        os.dup2(descriptors[STDIN + number], number)
-        os.close(descriptors[STDIN + number])
+def become_program(hooks: list[Any]) -> None:
+    """Becomes an interpreter like no other."""
     for hook in hooks:
         hook()
     os.getppid = posix.getppid = parent_for(os.getppid)
@@ -271,23 +287,16 @@ def parent_for(outside: Callable[[], int]) -> Callable[[], int]:
     return getppid
 
 
-def start(command: dict[str, Any], descriptors: list[int]) -> None:
-    """Becomes another interpreter, which finds the socket as descriptor 3 and the job as 4."""
-    report, job = (fcntl.fcntl(descriptors[place], fcntl.F_DUPFD, 5) for place in (REPORT, JOB))
-    os.dup2(report, 3)
-    os.dup2(job, 4)
-    os.closerange(5, 256)
+def start_other(argv: list[str], environment: dict[str, str]) -> None:
+    """Becomes another interpreter, which finds the socket and the job where this one has them."""
     for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGXFSZ):  # those that python itself catches or ignores
         signal.signal(number, signal.SIG_DFL)
-    os.execve(command["argv"][0], command["argv"], command["environment"])  # noqa: S606
+    os.execve(argv[0], argv, environment)  # noqa: S606
 
 
-def await_job(report: int, job: int) -> None:
-    """Waits for the job and leaves python as it is when it is about to run main.py."""
-    os.write(report, b"ready")
-    if not os.read(report, 1):
-        os._exit(0)  # not wanted any more
-    args, files = marshal.loads(os.pread(job, os.fstat(job).st_size, 0))  # noqa: S302 -- of the server
+def take_job(report: int, job: int, size: int) -> None:
+    """Writes the job's files and leaves python as it is when it is about to run main.py."""
+    args, files = marshal.loads(os.pread(job, size, 0))  # noqa: S302 -- of the server
     os.close(job)
     for name, content in files.items():
         folder, _, _ = name.rpartition("/")
@@ -300,8 +309,6 @@ def await_job(report: int, job: int) -> None:
         os.close(file)
         forget(name.partition("/")[0].removesuffix(".py"))  # it comes before one that is warm
     sys.argv[1:] = sys.orig_argv[2:] = args
-    sys.path_importer_cache[f"/work/{sys.argv[0]}"] = None  # it is no archive, as python would find after a long look
-    sys.modules[__name__] = types.ModuleType(__name__)
     main = types.ModuleType("__main__")  # not the one that is frozen: what a program leaves in it is to be collected
     vars(main).update(vars(sys.modules["__main__"]))
     sys.modules["__main__"] = main
@@ -312,6 +319,8 @@ def await_job(report: int, job: int) -> None:
 
 def forget(name: str) -> None:
     """Has a module, and what is in its package, imported anew."""
+    if name not in sys.modules:  # those that are would all be touched by a look at each
+        return
     for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
         del sys.modules[known]
 
@@ -324,5 +333,4 @@ if __name__ == "sitecustomize":
     sys.path_importer_cache.pop(FOLDER, None)
     if packages := os.environ.pop("PYTHONPATH").partition(":")[2]:
         os.environ["PYTHONPATH"] = packages
-    skip_user_customization()
-    serve()
+    begin()

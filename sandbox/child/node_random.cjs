@@ -1,31 +1,12 @@
-// Random values that a forked node does not share with its fork server and with its siblings.
+// Where V8 keeps what its random numbers are made of: a forked node is not to share it with its siblings.
 'use strict'
 
 const fs = require('node:fs')
-const { setFlagsFromString } = require('node:v8')
-const koffi = require('/forkserver/node_modules/koffi')
-
-const self = koffi.load(null)
-const getrandom = self.func('long getrandom(void *, size_t, uint)')
-// Of V8, by the name that its compiler gives it
-const setSeed = self.func('_ZN2v84base21RandomNumberGenerator7SetSeedEl', 'void', ['uintptr_t', 'int64'])
-
-/**
- * Math.random() goes on from its state when the fork server was forked, unless it is told a seed at its first use. Other
- * contexts (node:vm) take theirs from a generator of V8, which also numbers what is put into sets.
- */
-function reseed (generator) {
-  const seed = Buffer.alloc(12)
-  getrandom(seed, seed.length, 0)
-  setSeed(generator, seed.readBigInt64LE(4))
-  setFlagsFromString(`--random-seed=${seed.readUInt32LE() >>> 1 || 1}`)
-  Math.random()
-  setFlagsFromString('--random-seed=0')
-}
 
 /**
  * The address of V8's generator, which has no name: of all that the isolate points to, the one whose two words of state
- * move on, when something is numbered, as its algorithm (xorshift128+) has it.
+ * move on, when something is numbered, as its algorithm (xorshift128+) has it. Each context's Math.random() is seeded
+ * from it at its first use; the fork server itself does not use it.
  */
 function findGenerator (isolateAddress) {
   const [ISOLATE_BYTES, STATE, MOST_STEPS] = [1 << 17, 8n, 64]
@@ -66,4 +47,4 @@ function shifted (a, b) {
   return a ^ b ^ (b >> 26n)
 }
 
-module.exports = { findGenerator, reseed }
+module.exports = { findGenerator }

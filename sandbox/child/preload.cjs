@@ -10,10 +10,11 @@ if (isMainThread) {
     delete process.env.FORK_SERVER
     ready = require('/forkserver/fork_node.cjs').serve()
   } else {
-    ready = { report: 3, job: 4 } // as fork_python.py leaves them
+    ready = { report: 3, job: 4, size: awaited(fs, 3) } // as fork_python.py leaves them
   }
+  if (ready.size === 0) process.reallyExit(0) // not wanted any more
   try {
-    awaitJob(fs, ready.report, ready.job)
+    takeJob(fs, ready)
   } catch (failure) { // its files cannot be written
     fs.writeSync(ready.report, `failed: ${failure.message}`)
     process.reallyExit(1)
@@ -25,11 +26,16 @@ if (isMainThread) {
   fs.closeSync(ready.report)
 }
 
-/** Waits for the job and leaves node as it is when it is about to run main.js. */
-function awaitJob (fs, report, job) {
+/** Waits for the job; its size is 0 if there will be none. */
+function awaited (fs, report) {
+  const digits = Buffer.alloc(24)
   fs.writeSync(report, 'ready')
-  if (fs.readSync(report, Buffer.alloc(1)) === 0) process.reallyExit(0) // not wanted any more
-  const text = Buffer.alloc(fs.fstatSync(job).size)
+  return Number(digits.toString('latin1', 0, fs.readSync(report, digits)))
+}
+
+/** Writes the job's files and leaves node as it is when it is about to run main.js. */
+function takeJob (fs, { job, size }) {
+  const text = Buffer.alloc(size)
   fs.readSync(job, text, 0, text.length, 0)
   fs.closeSync(job)
   const { args, files } = JSON.parse(text.toString())
