@@ -2,7 +2,7 @@
 
 python -m bench.profile_run [--runs N]
 
-The steps ahead of need are those of the slot that replaces a used one; they are taken in threads, beside the runs.
+The steps ahead of need are those of the slot that replaces a used one; they are taken beside the runs.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ async def main(runs: int) -> None:
     stopwatch = Stopwatch()
     stopwatch.listen()
     stopwatch.measure(Cgroups, "leaf", "make a control group")
-    stopwatch.measure(Slot, "_await_ready", "fork, join the group, make namespaces and mounts, drop rights")
+    stopwatch.measure(Slot, "fill", "fork, join the group, make namespaces and mounts, drop rights")
     stopwatch.measure(Ready, "take", "take a slot")
     stopwatch.measure(Leaf, "limit", "set its limits")
     stopwatch.measure(Slot, "begin", "hand over the job")

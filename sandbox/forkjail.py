@@ -39,6 +39,7 @@ class ForkServer:
         self.forks = self.slots = 0
         self.parent = Parent(0, 0, ())
         self._is_lost = False
+        self._turn = asyncio.Lock()
         self._leaf = leaf
         self._give_back = give_back
         leaf.limit(OWN_LIMITS)
@@ -68,6 +69,7 @@ class ForkServer:
                     raise EngineUnavailable(f"a fork server did not start: {self._last_words()}")
                 base, generator, *inherited = map(int, numbers)
                 self.parent = Parent(base, generator, tuple(inherited))
+                self._control.setblocking(False)
             except OSError as failure:
                 words = self._last_words()
                 self.close()
@@ -90,9 +92,25 @@ class ForkServer:
         self.lost()
         self._leaf.kill()
 
-    def fork(self, request: bytes, descriptors: Sequence[int]) -> None:
+    async def fork(self, request: bytes, descriptors: Sequence[int]) -> None:
         """Asks for a child, which is given the descriptors. Raises BrokenPipeError when the fork server is gone."""
-        socket.send_fds(self._control, [request], descriptors)
+        async with self._turn:
+            while True:
+                try:
+                    socket.send_fds(self._control, [request], descriptors)
+                    return
+                except BlockingIOError:
+                    await self._room()
+
+    async def _room(self) -> None:
+        """Waits until another request can be sent."""
+        loop = asyncio.get_running_loop()
+        room = loop.create_future()
+        loop.add_writer(self._control, room.set_result, None)
+        try:
+            await room
+        finally:
+            loop.remove_writer(self._control)
 
     def close(self) -> None:
         """Ends it and with it every process that it ever forked. Blocks."""
@@ -142,8 +160,8 @@ class ForkServers:
             self.close()
             raise failure
 
-    def take(self) -> ForkServer:
-        """The next in turn; `give_back` it when its slot is gone. Blocks while a dead one is replaced."""
+    async def take(self) -> ForkServer:
+        """The next in turn; `give_back` it when its slot is gone. One that is dead is replaced first."""
         while True:
             with self._lock:
                 server = self._servers[next(self._turns) % len(self._servers)]
@@ -153,7 +171,7 @@ class ForkServers:
                     if server.forks == self._most_forks:
                         self._threads.submit(self._replace, server)
                     return server
-            self._replace(server)
+            await asyncio.wrap_future(self._threads.submit(self._replace, server))
 
     def give_back(self, server: ForkServer) -> None:
         """A slot of `server` is gone."""

@@ -50,6 +50,8 @@ SEEDS = 4
 """Python's hashes are seeded when it starts, not when it is forked. So runs take turns on a few fork servers…"""
 MOST_FORKS = 1000
 """…each of which is replaced, at a cost of about a dozen runs, after so many."""
+ATTEMPTS = 2 * SEEDS
+"""To find a fork server that lives."""
 EVER = 1 << 62
 MARSHAL_VERSION = 4
 PRELOAD = (
@@ -179,33 +181,33 @@ class ForkServerEngine:
         if len({outcome.stderr for outcome in outcomes}) < len(outcomes):
             raise EngineUnavailable(f"{language} has the same random numbers in each run when it is forked")
 
-    def _make_slot(self, host: Host, language: Language, limits: Limits, attempts: int = 2 * SEEDS) -> Slot:
-        """A slot that waits, of the first fork server that answers. Called in threads."""
+    async def _make_slot(self, host: Host, language: Language, limits: Limits) -> Slot:
+        """A slot that waits, of the first fork server that answers."""
         servers = self._servers[language]
-        server = servers.take()
-        uid = self._uids.take()
-        inside = INSIDE_UID + 1 + uid - self._first_uid - SERVER_UIDS if host.is_root else INSIDE_UID
         starts = language == "javascript" and self._koffi is None
-        leaf = host.groups.leaf()
-        entrances = len(leaf.entrances())
         extra = self._started_ahead(host, language) if starts else b""
-        image = request(server.parent, inside, limits, entrances, len(self._filters), extra)
+        for _ in range(ATTEMPTS):
+            server, uid, leaf = await servers.take(), self._uids.take(), host.groups.leaf()
+            inside = INSIDE_UID + 1 + uid - self._first_uid - SERVER_UIDS if host.is_root else INSIDE_UID
 
-        def give_back() -> None:
-            servers.give_back(server)
-            self._uids.give_back(uid)
+            def give_back(server: ForkServer = server, uid: int = uid) -> None:
+                servers.give_back(server)
+                self._uids.give_back(uid)
 
-        try:
-            return Slot(server, leaf, uid, image, give_back)
-        except (ForkServerLost, ConnectionError, TimeoutError) as loss:
-            server.lost()
-            failure: OSError = loss
-        except OSError as problem:
-            failure = problem
-        asyncio.run(leaf.remove())
-        give_back()
-        if not server.is_alive() and attempts > 1:
-            return self._make_slot(host, language, limits, attempts - 1)
+            try:
+                slot = Slot(server, leaf, uid, give_back)
+                entrances = len(leaf.entrances())
+                await slot.fill(request(server.parent, inside, limits, entrances, len(self._filters), extra))
+                return slot
+            except (ForkServerLost, ConnectionError, TimeoutError) as loss:
+                server.lost()
+                failure: OSError = loss
+            except OSError as problem:
+                failure = problem
+            await leaf.remove()
+            give_back()
+            if server.is_alive():
+                break
         raise failure
 
     def _task_of(self, job: Job) -> bytes:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import marshal
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from sandbox.cgroup import TooLittleMemory
@@ -53,7 +55,10 @@ class NsjailEngine:
         self._host = host = await asyncio.to_thread(Host, self._wanted)
         self._tree = [*tree(host), f"seccomp_string: {quoted(kafel())}"]
         self._init, self._collect = ((CHILD / name).read_text() for name in ("init.py", "collect.py"))
-        self._jails = Ready(lambda: self._make_jail(host), self._warm)
+        # Threads that live as long as this: the kernel may end a child with the thread that started it.
+        self._threads = ThreadPoolExecutor(max(1, self._warm), thread_name_prefix="jails")
+        make = functools.partial(asyncio.get_running_loop().run_in_executor, self._threads, self._make_jail, host)
+        self._jails = Ready(make, self._warm)
         await self._jails.fill()
 
     def warnings(self) -> list[str]:
@@ -79,6 +84,7 @@ class NsjailEngine:
         """Gives the control groups back."""
         if self._jails is not None:
             await self._jails.close()
+            self._threads.shutdown()
         if self._host is not None:
             self._host.close()
         self._jails = self._host = None

@@ -1,11 +1,10 @@
-"""Things that take a while to make and are used once: some are made ahead, in threads, off the path of a run."""
+"""Things that take a while to make and are used once: some are made ahead, off the path of a run."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Generic, Protocol, TypeVar
 
 from background import spawn
@@ -33,32 +32,31 @@ class Ready(Generic[Thing]):
     Whoever finds none waits for the next one that is made, whatever it was made for.
     """
 
-    def __init__(self, make: Callable[[], Thing], count: int) -> None:
-        """`make` may block; it is called in threads."""
+    def __init__(self, make: Callable[[], Awaitable[Thing]], count: int) -> None:
+        """As many are made at once as are kept ready, or one."""
         self._make = make
         self._count = count
+        self._at_once = max(1, count)
         self._ready: deque[Thing] = deque()
         self._waiting: deque[asyncio.Future[Thing]] = deque()
         self._making = 0
         self._in_making: set[asyncio.Task[None]] = set()
-        # Threads of its own, which live as long as this: the kernel may end a child with the thread that started it.
-        self._threads = ThreadPoolExecutor(max(1, count), thread_name_prefix="ready")
 
     async def fill(self) -> None:
         """Makes the first ones. Raises what `make` does."""
-        self._ready.extend(await asyncio.gather(*(self._made() for _ in range(self._count))))
+        self._ready.extend(await asyncio.gather(*(self._make() for _ in range(self._count))))
 
     async def take(self, leave: int = 0) -> Thing:
         """One that is ready, if more than `leave` are, or else the next one that is made. Raises what `make` does."""
         while len(self._ready) > leave:
             thing = self._ready.popleft()
             if thing.is_good():
-                self._refill()
+                self._refill(self._missing())
                 return thing
             await thing.discard()
         wanted: asyncio.Future[Thing] = asyncio.get_running_loop().create_future()
         self._waiting.append(wanted)
-        self._refill()
+        self._refill(self._missing())
         try:
             return await wanted
         except asyncio.CancelledError:
@@ -74,29 +72,32 @@ class Ready(Generic[Thing]):
         for thing in self._ready:
             await thing.discard()
         self._ready.clear()
-        self._threads.shutdown()
 
-    async def _made(self) -> Thing:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._make)
-
-    def _refill(self) -> None:
-        for _ in range(self._count + len(self._waiting) - len(self._ready) - self._making):
+    def _refill(self, more: int = 0) -> None:
+        """Makes what is waited for, and `more`."""
+        wanted = len(self._waiting) + more - self._making
+        for _ in range(min(wanted, self._at_once - self._making)):
             self._making += 1
             refill = spawn(self._add(), name="refill")
             self._in_making.add(refill)
             refill.add_done_callback(self._in_making.discard)
 
+    def _missing(self) -> int:
+        return self._count - len(self._ready)
+
     async def _add(self) -> None:
         try:
-            thing = await self._made()
+            thing = await self._make()
         except Exception as failure:
+            self._making -= 1
             for wanted in self._next_waiting():
                 wanted.set_exception(failure)
+                self._refill()
                 return
             raise
-        finally:
-            self._making -= 1
+        self._making -= 1
         self._give(thing)
+        self._refill(self._missing())
 
     def _give(self, thing: Thing) -> None:
         for wanted in self._next_waiting():

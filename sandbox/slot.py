@@ -11,7 +11,7 @@ import socket
 import struct
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from background import spawn
 from sandbox.child.collect import collect
@@ -24,6 +24,7 @@ from sandbox.report import REPORT_BYTES, Reports
 from sandbox.syscalls import Image
 
 CREDENTIALS = struct.Struct("3i")
+Value = TypeVar("Value")
 
 
 class ForkServerLost(OSError):
@@ -31,19 +32,10 @@ class ForkServerLost(OSError):
 
 
 class Slot:
-    """Made ahead of the run that will use it, in a thread."""
+    """Made ahead of the run that will use it."""
 
-    def __init__(
-        self, server: ForkServer, leaf: JailGroup, uid: int, request: Image, give_back: Callable[[], None]
-    ) -> None:
-        """`uid` is the slot's user outside; `request` is for the fork server; `give_back` is called when it is gone.
-
-        Blocks.
-
-        Raises:
-            ForkServerLost: it is gone.
-            OSError: it could not do it; the text says why.
-        """
+    def __init__(self, server: ForkServer, leaf: JailGroup, uid: int, give_back: Callable[[], None]) -> None:
+        """`uid` is the slot's user outside; `give_back` is called when it is gone. Raises OSError."""
         self.leaf = leaf
         self._server = server
         self._uid = uid
@@ -52,27 +44,41 @@ class Slot:
         self._collecting: asyncio.Task[tuple[dict[str, bytes], bool]] | None = None
         self._give_back = give_back
         self._fds = Descriptors()
-        theirs, self._pipes = self._fds.standard_streams(uid)
-        self._job = self._fds.keep(os.memfd_create("job", os.MFD_CLOEXEC))
-        entrances = leaf.entrances()
-        self._end, far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
-            self._end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-            self._end.settimeout(SETUP_SECONDS)
-            server.fork(request.bytes, [far_end.fileno(), self._job, *theirs, *entrances])
-            far_end.close()
-            self._fds.close(*theirs)
-            init, self._program = self._await_ready(request)
+            self._theirs, self._pipes = self._fds.standard_streams(uid)
+            self._job = self._fds.keep(os.memfd_create("job", os.MFD_CLOEXEC))
+            self._end, self._far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            self._fds.close_all()
+            raise
+        self._end.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._end.setblocking(False)
+
+    async def fill(self, request: Image) -> None:
+        """Has its interpreter forked, and waits until that is ready for a job.
+
+        Raises:
+            ForkServerLost: the fork server is gone.
+            TimeoutError: it does not answer.
+            OSError: it could not do it; the text says why.
+        """
+        entrances = self.leaf.entrances()
+        try:
+            async with asyncio.timeout(SETUP_SECONDS):
+                descriptors = [self._far_end.fileno(), self._job, *self._theirs, *entrances]
+                await self._server.fork(request.bytes, descriptors)
+                self._far_end.close()
+                self._fds.close(*self._theirs)
+                init, self._program = await self._announced(request)
             self._pidfd = self._fds.keep(os.pidfd_open(init))
             if not entrances:
-                leaf.add(init)
-                leaf.add(self._program)
+                self.leaf.add(init)
+                self.leaf.add(self._program)
         except OSError:
-            far_end.close()
+            self._far_end.close()
             self._end.close()
             self._fds.close_all()
             raise
-        self._end.setblocking(False)
 
     def is_good(self) -> bool:
         """Whether it still waits."""
@@ -128,7 +134,7 @@ class Slot:
             self._kill()
             loop = asyncio.get_running_loop()
             over: asyncio.Future[None] = loop.create_future()
-            loop.add_reader(self._pidfd, _settle, over)
+            loop.add_reader(self._pidfd, _settle, over, None)
             late = loop.call_later(SETUP_SECONDS, self._server.kill)
             try:
                 await over
@@ -152,18 +158,28 @@ class Slot:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def _await_ready(self, request: Image) -> tuple[int, int]:
-        """Waits for the first process of the pid namespace and for the program's; gives their ids outside."""
+    async def _announced(self, request: Image) -> tuple[int, int]:
+        """The ids outside of the first process of the pid namespace and of the program's, both of which tell them."""
+        loop = asyncio.get_running_loop()
+        over: asyncio.Future[tuple[int, int]] = loop.create_future()
         pids: dict[bytes, int] = {}
-        while pids.keys() != {b"init", b"ready"}:
+
+        def hear() -> None:
             word, ancillary, _, _ = self._end.recvmsg(REPORT_BYTES, socket.CMSG_SPACE(CREDENTIALS.size))
-            if not word:
-                raise ForkServerLost("a fork server is gone")
-            if word not in (b"init", b"ready"):
+            if word in (b"init", b"ready"):
+                pids[word], _, _ = CREDENTIALS.unpack(ancillary[0][2])
+                if len(pids) == 2:
+                    _settle(over, (pids[b"init"], pids[b"ready"]))
+            elif not over.done():
                 why = request.failure(word.decode(errors="replace").removeprefix("failed: "))
-                raise OSError(f"a fork server's child did not start: {why}")
-            pids[word], _, _ = CREDENTIALS.unpack(ancillary[0][2])
-        return pids[b"init"], pids[b"ready"]
+                failure = OSError(f"a fork server's child did not start: {why}")
+                over.set_exception(failure if word else ForkServerLost("a fork server is gone"))
+
+        loop.add_reader(self._end.fileno(), hear)
+        try:
+            return await over
+        finally:
+            loop.remove_reader(self._end.fileno())
 
     def _heard(self, reports: Reports, watch: Watch) -> None:
         if not reports.heard():
@@ -171,9 +187,9 @@ class Slot:
             watch.lost(lambda: "the fork server ended, and the run with it")
 
 
-def _settle(over: asyncio.Future[None]) -> None:
+def _settle(over: asyncio.Future[Value], value: Value) -> None:
     if not over.done():
-        over.set_result(None)
+        over.set_result(value)
 
 
 def _readable(pidfd: int) -> bool:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import threading
 
 import pytest
 
 from sandbox.ready import Ready
-from tests.conftest import SECOND, until
+from tests.conftest import until
 
 
 class Thing:
@@ -31,7 +30,7 @@ class Maker:
         self.broken = False
         self._numbers = itertools.count()
 
-    def __call__(self) -> Thing:
+    async def __call__(self) -> Thing:
         if self.broken:
             raise OSError("no more descriptors")
         self.made.append(Thing(next(self._numbers)))
@@ -100,12 +99,12 @@ def test_without_any_ready_ones_each_is_made_when_it_is_wanted() -> None:
 
 def test_who_waits_gets_the_first_that_is_made_and_one_who_left_does_not_lose_it() -> None:
     async def main() -> None:
-        go = threading.Event()
+        go = asyncio.Event()
         maker = Maker()
 
-        def slowly() -> Thing:
-            assert go.wait(20 * SECOND)
-            return maker()
+        async def slowly() -> Thing:
+            await go.wait()
+            return await maker()
 
         ready = Ready(slowly, 1)
         waiting = [asyncio.ensure_future(ready.take()) for _ in range(3)]
