@@ -118,8 +118,7 @@ def envelope_of(message: Message) -> dict[str, Any]:
     return envelope
 
 
-def _dumped(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+_dumped = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
 
 def refusal_message(refusal: Refusal, refused: Message | None = None, **more: Any) -> Message:
@@ -169,9 +168,7 @@ def _parse(text: str) -> dict[str, Any]:
     if _too_deep(text):
         raise ParseError(f"the message is nested deeper than {MAX_DEPTH} levels", limit=MAX_DEPTH)
     try:
-        value = json.loads(
-            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique, parse_int=_parse_int
-        )
+        value = DECODER.decode(text)
     except json.JSONDecodeError as failure:
         raise ParseError(
             f"the message is not JSON: {failure.msg} at character {failure.pos}", position=failure.pos
@@ -211,6 +208,11 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise _NotJson(f"the key {clip(twice)} stands twice in one object")
     return found
+
+
+DECODER = json.JSONDecoder(
+    parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique, parse_int=_parse_int
+)
 
 
 def _too_deep(text: str) -> bool:

@@ -38,6 +38,7 @@ class Layout:
     memory_now: tuple[str, str]
     peak_can_be_reset: bool
     oom_events: tuple[str, str]
+    pids_now: tuple[str, str]
     pids_max: tuple[str, str]
     pids_events: tuple[str, str]
     cpu_time: tuple[str, str]
@@ -57,6 +58,7 @@ V1 = Layout(
     memory_now=("memory", "memory.usage_in_bytes"),
     peak_can_be_reset=True,
     oom_events=("memory", "memory.oom_control"),
+    pids_now=("pids", "pids.current"),
     pids_max=("pids", "pids.max"),
     pids_events=("pids", "pids.events"),
     cpu_time=("cpuacct", "cpuacct.usage"),
@@ -73,6 +75,7 @@ V2 = Layout(
     memory_now=("", "memory.current"),
     peak_can_be_reset=False,  # only since Linux 6.12, and then for one descriptor
     oom_events=("", "memory.events"),
+    pids_now=("", "pids.current"),
     pids_max=("", "pids.max"),
     pids_events=("", "pids.events"),
     cpu_time=("", "cpu.stat"),
@@ -280,7 +283,9 @@ class Leaf:
         Counters that cannot be reset go on from where they are.
         """
         layout = self._layout
-        if not layout.peak_can_be_reset or self.pids() or int(self._read(layout.memory_now)) > REUSABLE_BYTES:
+        if not layout.peak_can_be_reset or int(self._read(layout.pids_now)):
+            return False
+        if int(self._read(layout.memory_now)) > REUSABLE_BYTES:
             return False
         memory, processes = self._limits or (0, 0)
         if memory < ROOMY.memory_bytes or processes < ROOMY.processes:

@@ -7,7 +7,6 @@ import contextlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
 from background import spawn
@@ -18,6 +17,7 @@ READ_BYTES = WRITE_BYTES = 1 << 16
 PIPE_GRACE_S = 0.25
 """How long an ended run's pipes may take to close: what holds them then is not of the run."""
 CPU_CHECK_FLOOR_S = 0.005
+PROCESSORS = os.cpu_count() or 1
 
 
 class Group(Protocol):
@@ -52,7 +52,7 @@ class Watch:
         self._kill = kill or group.kill
         self._loop = asyncio.get_running_loop()
         self._over = asyncio.Event()
-        self._facts = Facts()
+        self._facts: dict[str, Any] = {}
         self._started: float | None = None
         self._ended: float | None = None
         self._cpu_before = 0.0
@@ -75,7 +75,7 @@ class Watch:
         if self._over.is_set():
             return False
         self._ended = at
-        self._facts = replace(self._facts, **facts)
+        self._facts |= facts
         self._over.set()
         return True
 
@@ -90,14 +90,14 @@ class Watch:
 
     def failed(self, sentence: str) -> None:
         """The engine could not do its part."""
-        self._facts = replace(self._facts, engine_failure=sentence)
+        self._facts["engine_failure"] = sentence
         self._over.set()
 
     def end(self, **why: bool) -> None:
         """Ends the run; the first reason stays."""
         if not self._over.is_set():
             self._ended = time.monotonic()
-            self._facts = replace(self._facts, signal="SIGKILL", **why)  # type: ignore[arg-type]
+            self._facts |= {"signal": "SIGKILL", **why}
             self._over.set()
         self._kill()
 
@@ -125,8 +125,8 @@ class Watch:
         cpu_ms = max(0.0, self._group.cpu_ms() - self._cpu_before) if self._started is not None else 0.0
         readers: dict[Stream, _Reader] = {"stdout": self._out, "stderr": self._err}
         cut = tuple(stream for stream, reader in readers.items() if reader.cut)
-        return replace(
-            self._facts,
+        return Facts(
+            **self._facts,
             output_cut=cut,
             oom_kills=self._group.oom_kills(),
             refused_forks=self._group.refused_forks(),
@@ -148,7 +148,7 @@ class Watch:
         if left_ms <= 0:
             self.end(cpu_cut=True)
         else:
-            pause = max(left_ms / 1000 / (os.cpu_count() or 1), CPU_CHECK_FLOOR_S)
+            pause = max(left_ms / 1000 / PROCESSORS, CPU_CHECK_FLOOR_S)
             self._clocks["cpu"] = self._loop.call_later(pause, self._check_cpu)
 
     def _stop_clocks(self) -> None:
@@ -180,7 +180,8 @@ class _Reader:
     async def drained(self, grace_s: float) -> None:
         """Waits until every writer has closed the pipe, or for the grace."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._eof.wait(), grace_s)
+            async with asyncio.timeout(grace_s):
+                await self._eof.wait()
 
     def close(self) -> None:
         if self._fd >= 0:
