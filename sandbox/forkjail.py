@@ -37,7 +37,7 @@ class ForkServer:
             EngineUnavailable: it did not start; the text has its own last words.
         """
         self.forks = self.slots = 0
-        self.parent = Parent(0, 0, ())
+        self.parent = Parent(0, (0, 0), ())
         self._is_lost = False
         self._turn = asyncio.Lock()
         self._leaf = leaf
@@ -67,8 +67,8 @@ class ForkServer:
                 word, *numbers = self._control.recv(REPLY_BYTES).split() or [b""]
                 if word != b"ready":
                     raise EngineUnavailable(f"a fork server did not start: {self._last_words()}")
-                base, generator, *inherited = map(int, numbers)
-                self.parent = Parent(base, generator, tuple(inherited))
+                base, generator, size, *inherited = map(int, numbers)
+                self.parent = Parent(base, (generator, size), tuple(inherited))
                 self._control.setblocking(False)
             except OSError as failure:
                 words = self._last_words()

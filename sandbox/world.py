@@ -32,8 +32,6 @@ SECCOMP_MODE_FILTER, INSTRUCTION_BYTES = 2, 8
 CAPABILITY_VERSION_3 = 0x20080522
 RLIMIT_NOFILE = 7
 LAST_DESCRIPTOR = 0xFFFFFFFF
-GENERATOR_BYTES = 24
-"""Of V8: a seed, which has been used, and two words of state."""
 GO_BYTES = 24
 """The size of a job in digits, and a zero."""
 FILTER = struct.Struct("<H6xQ")
@@ -45,11 +43,11 @@ class Parent:
     """What a fork server has told of itself.
 
     `base` is where the descriptors are that it keeps, `inherited` are those that its libraries know, which lead nowhere
-    in a child, and `generator` is the address of a random generator's state, which is made anew in a child.
+    in a child, and `generator` is where a random generator's state is, and its size: a child's is made anew.
     """
 
     base: int
-    generator: int
+    generator: tuple[int, int]
     inherited: tuple[int, ...]
 
 
@@ -89,7 +87,7 @@ def request(parent: Parent, user: int, limits: Limits, groups: int, filters: int
         Step("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
         *(Step("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SHARED_AT + n * FILTER.size) for n in range(filters)),
         Step("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0),
-        *([Step("getrandom", parent.generator, GENERATOR_BYTES, 0)] if parent.generator else []),
+        Step("getrandom", *parent.generator, 0),
     ]
     wait = [Step("write", base + REPORT, b"ready", 5), Step("read", base + REPORT, Room(GO_BYTES), GO_BYTES - 1)]
     # The new pid namespace is for the next children only.

@@ -15,6 +15,8 @@ const { findGenerator } = require('/forkserver/node_random.cjs')
 const MESSAGE_BYTES = 1 << 18
 const MOST_DESCRIPTORS = 16
 const HEADER = 8
+const GENERATOR_BYTES = 24 // of V8: a seed, which has been used, and two words of state
+const REAP_MS = 10
 const [REPORT, JOB] = [0, 1] // places in a request's descriptors, and, from `base` on, in a child
 const INIT = 1 // from `base` on, three are the fork server's own: all that come with a request are above
 
@@ -22,7 +24,7 @@ const [PROT_READ, PROT_WRITE, PROT_EXEC] = [1, 2, 4]
 const MAPPING = 2 | 0x20 | 0x100000 // private, anonymous, fixed and not in place of another
 const [PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL] = [24, 47, 4]
 const SIGKILL = 9
-const EINTR = 4
+const [EINTR, WNOHANG] = [4, 1]
 const [MSG_CMSG_CLOEXEC, POLLIN, POSIX_SPAWN_SETPGROUP] = [0x40000000, 1, 2]
 const PIDFD_OPEN = 434
 const [O_RDWR, O_PATH, O_CLOEXEC, F_GETFD, F_DUPFD_CLOEXEC] = [2, 0x200000, 0x80000, 1, 1030]
@@ -76,7 +78,6 @@ function serve () {
     try {
       perform('before', lists.before)
       init = startFirst(report)
-      ends.watch(init)
       program = call('fork')
       if (program === 0) {
         perform('child', lists.child)
@@ -88,7 +89,7 @@ function serve () {
     } catch (failure) {
       try { fs.writeSync(program === 0 ? base + REPORT : report, `failed: ${failure.message}`) } catch {} // nobody listens
       if (program === 0) libc._exit(1)
-      if (init) call('kill', init, SIGKILL)
+      if (init) ends.end(init)
     }
     perform('after', lists.after)
     if (program > 0) ends.watch(program, init, report)
@@ -110,7 +111,7 @@ function begin () {
   const receive = receiver(image)
   const startFirst = firstProcesses(base)
   becomeProgram()
-  fs.writeSync(0, ['ready', base, generator, ...inherited].join(' '))
+  fs.writeSync(0, ['ready', base, generator, GENERATOR_BYTES, ...inherited].join(' '))
   return { base, perform, startFirst, image, receive }
 }
 
@@ -176,25 +177,34 @@ function firstProcesses (base) {
   }
 }
 
-/** The processes that were forked and have not ended. */
+/** The programs that were forked and have not ended, and the first processes that were told to. */
 class Ends {
   #living = new Map()
+  #dying = []
 
   /** When `pid` has ended, so will its `init`, and `report`, which is taken over, is told. */
-  watch (pid, init = 0, report = -1) {
+  watch (pid, init, report) {
     this.#living.set(call('syscall', PIDFD_OPEN, pid, 0, 0), { pid, init, report })
+  }
+
+  /** Ends a first process, and the kernel with it all others of its pid namespace. */
+  end (init) {
+    call('kill', init, SIGKILL)
+    this.#dying.push(init)
   }
 
   /** Hears of ends until there is something to read from the server. */
   reportedUntilRequest () {
     for (;;) {
+      this.#dying = this.#dying.filter((init) => libc.waitpid(init, null, WNOHANG) === 0)
       const descriptors = [...this.#living.keys(), 0]
       const set = Buffer.alloc(8 * descriptors.length) // of struct pollfd
       descriptors.forEach((descriptor, place) => {
         set.writeInt32LE(descriptor, 8 * place)
         set.writeInt16LE(POLLIN, 8 * place + 4)
       })
-      if (libc.poll(set, descriptors.length, -1) === -1) continue // a signal came
+      const count = libc.poll(set, descriptors.length, this.#dying.length > 0 ? REAP_MS : -1)
+      if (count <= 0) continue // a signal came, or nothing did
       const ready = descriptors.filter((_, place) => set.readInt16LE(8 * place + 6) !== 0)
       for (const pidfd of ready) if (pidfd !== 0) this.#ended(pidfd)
       if (ready.length === 1 && ready[0] === 0) return
@@ -207,12 +217,10 @@ class Ends {
     libc.close(pidfd)
     const status = Buffer.alloc(4)
     call('waitpid', pid, status, 0)
-    if (init) {
-      const ended = `ended ${process.hrtime.bigint()} ${status.readInt32LE(0)}`
-      call('kill', init, SIGKILL)
-      try { fs.writeSync(report, ended) } catch {} // the server does not listen any more
-      libc.close(report)
-    }
+    const ended = `ended ${process.hrtime.bigint()} ${status.readInt32LE(0)}`
+    this.end(init)
+    try { fs.writeSync(report, ended) } catch {} // the server does not listen any more
+    libc.close(report)
   }
 }
 

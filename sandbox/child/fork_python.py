@@ -33,6 +33,9 @@ FOLDER = "/forkserver"
 MESSAGE_BYTES = 1 << 18
 MOST_DESCRIPTORS = 16
 MOST_DIGITS = 24
+REAP_MS = 10
+PROGRAM = 2
+"""A program's own number: the first process has 1."""
 HEADER = 8
 REPORT, JOB = 0, 1
 """Places in a request's descriptors, and, from `BASE` on, in a child."""
@@ -53,6 +56,7 @@ libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 def begin() -> None:
     """Takes the set-up, and has python call the fork server at its last step."""
     control = socket.socket(fileno=0)
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(control))  # it stays: a child's descriptor 0 is not its to close
     setup = marshal.loads(control.recv(MESSAGE_BYTES))  # noqa: S302 -- of the server
     reserve(setup["first_process"])
     hooks = preload(setup["preload"])
@@ -86,12 +90,13 @@ def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int
     del sys.modules[__name__]
     sys.modules[__name__] = types.ModuleType(__name__)  # now the last
     atexit.register(leave, frozenset(sys.modules))  # the first to be registered is the last to be called
+    os.getppid = posix.getppid = parent_for(os.getppid)
     numbers = image.cast("i")
     ends = Ends()
     gc.collect()
     gc.freeze()
     have_code_mapped()
-    control.send(b"ready %d 0" % BASE)
+    control.send(b"ready %d %d %d" % (BASE, *generator(hooks)))
     while True:
         ends.reported_until_request()
         descriptors = received(control, image)
@@ -101,12 +106,11 @@ def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int
         try:
             perform("before", before)
             init = start_first(report)
-            ends.watch(init)
             program = libc.fork()  # without python's own care for a forked interpreter, which touches many pages
             if not program:
                 perform("child", child)
-                control.detach()
-                become_program(hooks)
+                for hook in hooks:
+                    hook()
                 if length:
                     start_other(*marshal.loads(image[start : start + length]))  # noqa: S302 -- of the server
                 perform("wait", wait)
@@ -123,7 +127,7 @@ def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int
             if not program:
                 os._exit(1)
             if init:
-                os.kill(init, signal.SIGKILL)
+                ends.end(init)
         perform("after", after)
         if program > 0:
             ends.watch(program, init, report)
@@ -207,23 +211,30 @@ def start_first(report: int) -> int:
 
 
 class Ends:
-    """The processes that were forked and have not ended."""
+    """The programs that were forked and have not ended, and the first processes that were told to."""
 
     def __init__(self) -> None:
         self._poll = select.poll()
         self._poll.register(0, select.POLLIN)
         self._living: dict[int, tuple[int, int, int]] = {}
+        self._dying: list[int] = []
 
-    def watch(self, pid: int, init: int = 0, report: int = -1) -> None:
+    def watch(self, pid: int, init: int, report: int) -> None:
         """When `pid` has ended, so will its `init`, and `report`, which is taken over, is told."""
         pidfd = os.pidfd_open(pid)
         self._living[pidfd] = pid, init, report
         self._poll.register(pidfd, select.POLLIN)
 
+    def end(self, init: int) -> None:
+        """Ends a first process, and the kernel with it all others of its pid namespace."""
+        os.kill(init, signal.SIGKILL)
+        self._dying.append(init)
+
     def reported_until_request(self) -> None:
         """Hears of ends until there is something to read from the server."""
         while True:
-            ready = [descriptor for descriptor, _ in self._poll.poll()]
+            self._dying = [init for init in self._dying if not os.waitpid(init, os.WNOHANG)[0]]
+            ready = [descriptor for descriptor, _ in self._poll.poll(REAP_MS if self._dying else None)]
             for pidfd in ready:
                 if pidfd:
                     self._ended(pidfd)
@@ -235,12 +246,11 @@ class Ends:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         _, status = os.waitpid(pid, 0)
-        if init:
-            ended = time.monotonic_ns()
-            os.kill(init, signal.SIGKILL)
-            with contextlib.suppress(OSError):  # the server does not listen any more
-                os.write(report, b"ended %d %d" % (ended, status))
-            os.close(report)
+        ended = time.monotonic_ns()
+        self.end(init)
+        with contextlib.suppress(OSError):  # the server does not listen any more
+            os.write(report, b"ended %d %d" % (ended, status))
+        os.close(report)
 
 
 def preload(names: tuple[str, ...]) -> list[Any]:
@@ -259,20 +269,26 @@ def preload(names: tuple[str, ...]) -> list[Any]:
             importlib.import_module(name)
     finally:
         os.register_at_fork = register
-    if "threading" in sys.modules:  # its own hook looks for threads that did not survive: there were none
+    if "threading" in sys.modules:
         threading = sys.modules["threading"]
-        hooks.remove(threading._after_fork)
-        hooks.append(threading.main_thread()._set_native_id)
+        hooks.remove(threading._after_fork)  # looks for threads that did not survive: there were none
+        threading.main_thread()._native_id = PROGRAM
     if "numpy.random" in sys.modules:  # it has no hook, and would give every run the same numbers
         hooks.append(sys.modules["numpy.random"].seed)
     return hooks
 
 
-def become_program(hooks: list[Any]) -> None:
-    """Becomes an interpreter like no other."""
-    for hook in hooks:
-        hook()
-    os.getppid = posix.getppid = parent_for(os.getppid)
+def generator(hooks: list[Any]) -> tuple[int, int]:
+    """Where the state of random's own generator is, and its size; then it needs no hook. (0, 0) if it is not found."""
+    random = sys.modules.get("random")
+    if random is None or random._inst.seed not in hooks:
+        return 0, 0
+    *expected, index = random._inst.getstate()[1]
+    start = id(random._inst) + object.__basicsize__
+    if list((ctypes.c_uint32 * (1 + len(expected))).from_address(start)) != [index, *expected]:
+        return 0, 0
+    hooks.remove(random._inst.seed)
+    return start + ctypes.sizeof(ctypes.c_uint32), len(expected) * ctypes.sizeof(ctypes.c_uint32)
 
 
 def parent_for(outside: Callable[[], int]) -> Callable[[], int]:
