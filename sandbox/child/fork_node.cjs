@@ -15,6 +15,7 @@ const { findGenerator } = require('/forkserver/node_random.cjs')
 const MESSAGE_BYTES = 1 << 18
 const MOST_DESCRIPTORS = 16
 const HEADER = 8
+const ZERO = '0'.charCodeAt(0)
 const GENERATOR_BYTES = 24 // of V8: a seed, which has been used, and two words of state
 const REAP_MS = 10
 const [REPORT, JOB] = [0, 1] // places in a request's descriptors, and, from `base` on, in a child
@@ -33,6 +34,7 @@ const self = koffi.load(null)
 const libc = {}
 for (const declaration of [
   'long recvmsg(int, void *, int)', 'int fork()', 'int dup3(int, int, int)', 'int close(int)', 'int kill(int, int)',
+  'int pipe(void *)',
   'void *mmap(uintptr_t, size_t, int, int, int, long)', 'int mprotect(uintptr_t, size_t, int)',
   'int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
   'int poll(void *, unsigned long, int)', 'long syscall(long, long, long, long)',
@@ -66,9 +68,12 @@ function steady (bytes) {
   return kept.at(-1)
 }
 
-/** Forks a child for every request. Returns in the child that is to be the program, and nowhere else. */
-function serve () {
-  const { base, perform, startFirst, image, receive } = begin()
+/**
+ * Forks a child for every request. Returns in the child that is to be the program, and nowhere else. `place` is what the
+ * child will call next.
+ */
+function serve (fs, place) {
+  const { base, perform, startFirst, image, receive } = begin(place)
   const ends = new Ends()
   for (;;) {
     ends.reportedUntilRequest()
@@ -83,7 +88,8 @@ function serve () {
         perform('child', lists.child)
         call('uv_loop_fork', libc.uv_default_loop())
         perform('wait', lists.wait)
-        const size = Number(image.toString('latin1', lists.room, image.indexOf(0, lists.room)))
+        let size = 0
+        for (let place = lists.room; image[place] !== 0; place++) size = 10 * size + image[place] - ZERO
         return { report: base + REPORT, job: base + JOB, size }
       }
     } catch (failure) {
@@ -97,13 +103,13 @@ function serve () {
   }
 }
 
-function begin () {
+function begin (place) {
   const message = Buffer.alloc(MESSAGE_BYTES)
   const setup = JSON.parse(message.toString('utf8', 0, fs.readSync(0, message)))
   part(setup.shared_at, setup.size, setup.shared)
   const perform = performer(setup)
   const generator = findGenerator(BigInt(koffi.address(libc.currentIsolate())))
-  rehearse()
+  rehearse(place)
   for (let capability = 0; libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) === 0;) capability++
   call('prctl', PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0) // a program that is started has no rights
   const { base, inherited } = reserve(Buffer.from(setup.first_process, 'hex'))
@@ -225,17 +231,31 @@ class Ends {
 }
 
 /** Does once what nearly every program does, so that it need not be loaded and compiled in each child. */
-function rehearse () {
+function rehearse (place) {
   const { Console } = require('node:console')
+  const { Socket } = require('node:net')
   const { Writable } = require('node:stream')
-  fs.writeFileSync('/dev/null', JSON.parse('"text"'), { flag: 'r+' })
-  require('node:net') // what process.stdout is made of, when it is a pipe
+  const job = Buffer.from(JSON.stringify({ args: [], files: { '/dev/null': 'text' } }))
+  const [end, other] = pipe()
+  fs.readSync(end, Buffer.alloc(1), 0, fs.writeSync(other, job, 0, 1), null)
+  place(fs, job, 'r+')
+  const socket = new Socket({ fd: other, readable: false, writable: true }) // as process.stdout is, when it is a pipe
+  socket.unref()
+  socket.destroy()
+  fs.closeSync(end)
   const quiet = new Console(new Writable({ write: (chunk, encoding, done) => done() }))
   quiet.log('%s', 1, { a: ['b', 2n, null] }, new Map([[1, new Error('rehearsal')]]))
   const { emitWarning } = process
   process.emitWarning = () => {} // it is experimental, we know
   queryObjects(class None {}) // collects garbage first; gc() of a new context would choose the seed of all later ones
   process.emitWarning = emitWarning
+}
+
+/** The ends of a new pipe, to read from and to write to. */
+function pipe () {
+  const ends = Buffer.alloc(8)
+  call('pipe', ends)
+  return [ends.readInt32LE(0), ends.readInt32LE(4)]
 }
 
 /** A function that waits for the next request, which is put into `image`: its lists, and the descriptors with it. */
