@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import uvloop
 
 from bench.bare import Run, plain_command, unjailed_command
 from bench.client import ask, server, to
@@ -161,4 +162,4 @@ if __name__ == "__main__":
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    asyncio.run(main(options.runs, options.rounds, options.engine, options.json))
+    uvloop.run(main(options.runs, options.rounds, options.engine, options.json))

@@ -105,7 +105,7 @@ class ForkServerEngine:
         """Starts the fork servers and tries them. Raises EngineUnavailable."""
         self._host = host = await asyncio.to_thread(Host, self._wanted)
         try:
-            self._filters = bpf()
+            self._filter = bpf()
             self._koffi = find_koffi(not host.is_root, runtime_folder())
             if self._koffi is None:
                 log.warning("koffi is not installed (`make serve` does it): node is started ahead, not forked")
@@ -197,7 +197,7 @@ class ForkServerEngine:
             try:
                 slot = Slot(server, leaf, uid, give_back)
                 entrances = len(leaf.entrances())
-                await slot.fill(request(server.parent, inside, limits, entrances, len(self._filters), extra))
+                await slot.fill(request(server.parent, inside, limits, entrances, extra))
                 return slot
             except (ForkServerLost, ConnectionError, TimeoutError) as loss:
                 server.lost()
@@ -235,7 +235,7 @@ class ForkServerEngine:
         return {
             "first_process": executable(platform.machine()),
             "code": code(platform.machine()),
-            "shared": shared(self._filters),
+            "shared": shared(self._filter),
             "code_at": CODE_AT,
             "shared_at": SHARED_AT,
             "request_at": REQUEST_AT,

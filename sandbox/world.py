@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sandbox.model import Limits
@@ -51,18 +50,13 @@ class Parent:
     inherited: tuple[int, ...]
 
 
-def shared(filters: Sequence[bytes]) -> bytes:
-    """What all requests share: the filters, each with a struct sock_fprog that tells of it."""
-    place = SHARED_AT + len(filters) * FILTER.size
-    heads = b""
-    for one in filters:
-        heads += FILTER.pack(len(one) // INSTRUCTION_BYTES, place)
-        place += len(one)
-    return heads + b"".join(filters)
+def shared(filter: bytes) -> bytes:
+    """What all requests share: the filter for system calls, behind a struct sock_fprog that tells of it."""
+    return FILTER.pack(len(filter) // INSTRUCTION_BYTES, SHARED_AT + FILTER.size) + filter
 
 
 @functools.lru_cache(maxsize=1024)
-def request(parent: Parent, user: int, limits: Limits, groups: int, filters: int, extra: bytes = b"") -> Image:
+def request(parent: Parent, user: int, limits: Limits, groups: int, extra: bytes = b"") -> Image:
     """A request for a child that is a user of its own inside, and joins so many control groups."""
     base = parent.base
     mine = {Descriptor(place): base + place for place in (REPORT, JOB)}
@@ -85,7 +79,7 @@ def request(parent: Parent, user: int, limits: Limits, groups: int, filters: int
         Step("prlimit64", 0, RLIMIT_NOFILE, struct.pack("<2Q", limits.open_files, limits.open_files), 0),
         Step("capset", struct.pack("<2I", CAPABILITY_VERSION_3, 0), no_rights),
         Step("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
-        *(Step("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SHARED_AT + n * FILTER.size) for n in range(filters)),
+        Step("prctl", PR_SET_SECCOMP, SECCOMP_MODE_FILTER, SHARED_AT),
         Step("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0),
         Step("getrandom", *parent.generator, 0),
     ]
