@@ -74,7 +74,8 @@ ADDRESS = 0x20_0000_0000
 PART = 0x10000
 CODE_AT, SHARED_AT, REQUEST_AT = ADDRESS, ADDRESS + PART, ADDRESS + 2 * PART
 """Three parts, each with its own pages: the code, what all requests share, and a request."""
-MOST_BYTES = PART
+JOB_AT, JOB_BYTES = REQUEST_AT + PART // 2, PART // 2
+"""Behind a request is room for a job that is not large."""
 
 STEP = struct.Struct("<q5Q16x")
 END = STEP.pack(-1, 0, 0, 0, 0, 0)

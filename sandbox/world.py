@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sandbox.model import Limits
 from sandbox.policy import INSIDE_UID, scratch
-from sandbox.syscalls import SHARED_AT, Descriptor, Image, Room, Step
+from sandbox.syscalls import JOB_AT, JOB_BYTES, SHARED_AT, Descriptor, Image, Room, Step
 
 FOLDER = b"/forkserver"
 REPORT, JOB, STDIN, FIRST_GROUP = 0, 1, 2, 5
@@ -83,7 +83,11 @@ def request(parent: Parent, user: int, limits: Limits, groups: int, extra: bytes
         Step("prctl", PR_SET_DUMPABLE, 1, 0, 0, 0),
         Step("getrandom", *parent.generator, 0),
     ]
-    wait = [Step("write", base + REPORT, b"ready", 5), Step("read", base + REPORT, Room(GO_BYTES), GO_BYTES - 1)]
+    wait = [
+        Step("write", base + REPORT, b"ready", 5),
+        Step("read", base + REPORT, Room(GO_BYTES), GO_BYTES - 1),
+        Step("pread64", base + JOB, JOB_AT, JOB_BYTES, 0),
+    ]
     # The new pid namespace is for the next children only.
     before = [Step("unshare", CLONE_NEWPID, what="make a pid namespace"), *_become(user)]
     closed = [*mine, *streams, *joined]

@@ -88,9 +88,7 @@ function serve (fs, place) {
         perform('child', lists.child)
         call('uv_loop_fork', libc.uv_default_loop())
         perform('wait', lists.wait)
-        let size = 0
-        for (let place = lists.room; image[place] !== 0; place++) size = 10 * size + image[place] - ZERO
-        return { report: base + REPORT, job: base + JOB, size }
+        return { report: base + REPORT, job: taken(image, lists.room, base + JOB) }
       }
     } catch (failure) {
       try { fs.writeSync(program === 0 ? base + REPORT : report, `failed: ${failure.message}`) } catch {} // nobody listens
@@ -101,6 +99,16 @@ function serve (fs, place) {
     if (program > 0) ends.watch(program, init, report)
     else libc.close(report)
   }
+}
+
+/** The job, of which the size in digits is at `room`: nothing, if none is wanted any more. */
+function taken (image, room, job) {
+  let size = 0
+  while (image[room] !== 0) size = 10 * size + image[room++] - ZERO
+  let text = image.subarray(image.length / 2)
+  if (size > text.length) fs.readSync(job, text = Buffer.alloc(size), 0, size, 0)
+  libc.close(job)
+  return text.subarray(0, size)
 }
 
 function begin (place) {

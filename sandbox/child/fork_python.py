@@ -117,7 +117,7 @@ def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int
                 size = bytes(image[room : room + MOST_DIGITS]).rstrip(b"\0")
                 if not size:  # not wanted any more
                     os._exit(0)
-                take_job(BASE + REPORT, BASE + JOB, int(size))
+                take_job(BASE + REPORT, BASE + JOB, image[len(image) // 2 :], int(size))
                 return
             if program < 0:
                 raise OSError(f"fork: {os.strerror(ctypes.get_errno())}")
@@ -310,9 +310,10 @@ def start_other(argv: list[str], environment: dict[str, str]) -> None:
     os.execve(argv[0], argv, environment)  # noqa: S606
 
 
-def take_job(report: int, job: int, size: int) -> None:
-    """Writes the job's files and leaves python as it is when it is about to run main.py."""
-    args, files = marshal.loads(os.pread(job, size, 0))  # noqa: S302 -- of the server
+def take_job(report: int, job: int, room: memoryview, size: int) -> None:
+    """Writes the job's files and leaves python as it is when it is about to run main.py. A job that fits is in `room`."""
+    text = room[:size] if size <= len(room) else os.pread(job, size, 0)
+    args, files = marshal.loads(text)  # noqa: S302 -- of the server
     os.close(job)
     for name, content in files.items():
         folder, _, _ = name.rpartition("/")

@@ -10,13 +10,10 @@ if (isMainThread) {
   process.execArgv.length = 0
   for (const path of Object.keys(require.cache)) delete require.cache[path]
   module.children.length = 0
-  const { report, job, size } = ahead(fs, place)
-  if (size === 0) process.reallyExit(0) // not wanted any more
+  const { report, job } = ahead(fs, place)
+  if (job.length === 0) process.reallyExit(0) // not wanted any more
   try {
-    const text = Buffer.alloc(size)
-    fs.readSync(job, text, 0, size, 0)
-    fs.closeSync(job)
-    place(fs, text)
+    place(fs, job)
   } catch (failure) { // its files cannot be written
     fs.writeSync(report, `failed: ${failure.message}`)
     process.reallyExit(1)
@@ -25,16 +22,19 @@ if (isMainThread) {
   fs.closeSync(report)
 }
 
-/** Waits for the size of a job, with the descriptors where fork_python.py leaves them. */
+/** Waits for a job, with the descriptors where fork_python.py leaves them. */
 function announce (fs) {
-  const [report, job, digits] = [3, 4, Buffer.alloc(24)]
+  const [report, file, digits] = [3, 4, Buffer.alloc(24)]
   fs.writeSync(report, 'ready')
-  return { report, job, size: Number(digits.toString('latin1', 0, fs.readSync(report, digits))) }
+  const job = Buffer.alloc(Number(digits.toString('latin1', 0, fs.readSync(report, digits))))
+  fs.readSync(file, job, 0, job.length, 0)
+  fs.closeSync(file)
+  return { report, job }
 }
 
 /** Writes the job's files and leaves node as it is when it is about to run main.js. */
-function place (fs, text, flag = 'wx') {
-  const { args, files } = JSON.parse(text.toString())
+function place (fs, job, flag = 'wx') {
+  const { args, files } = JSON.parse(job.toString())
   for (const [name, content] of Object.entries(files)) {
     const folder = name.slice(0, Math.max(0, name.lastIndexOf('/')))
     if (folder) fs.mkdirSync(folder, { recursive: true })
