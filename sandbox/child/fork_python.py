@@ -311,7 +311,7 @@ def start_other(argv: list[str], environment: dict[str, str]) -> None:
 
 
 def take_job(report: int, job: int, room: memoryview, size: int) -> None:
-    """Writes the job's files and leaves python as it is when it is about to run main.py. A job that fits is in `room`."""
+    """Writes the job's files and leaves python as it is before it runs main.py. A job that fits is in `room`."""
     text = room[:size] if size <= len(room) else os.pread(job, size, 0)
     args, files = marshal.loads(text)  # noqa: S302 -- of the server
     os.close(job)
