@@ -12,7 +12,9 @@ import itertools
 import sys
 import types
 import weakref
+from collections.abc import Iterable
 
+OWN_EXTENSIONS = "/lib-dynload/"
 LAST = "sitecustomize"
 """Of the warm modules in sys.modules."""
 
@@ -22,13 +24,18 @@ mains: list[types.ModuleType] = []
 """The program's own module, once there is one."""
 
 
-def leave(warm: frozenset[str]) -> None:
-    """Ends a program that came to its end by itself. Where it is not sure what python would do, python goes on."""
+def leave(warm: frozenset[str], native: bool) -> None:
+    """Ends a program that came to its end by itself. Where it is not sure what python would do, python goes on.
+
+    `native`: some of the `warm` modules are written in C and not python's own.
+    """
     try:
         if ran_through(mains[0]):
+            names = ["__main__", *added(warm)]
+            exit = libc.exit if native or has_native_code(names) else exit_at_once
             flush()
-            finalize(warm)
-            libc.exit(0)
+            finalize(names)
+            exit(0)
     except BaseException:  # of a program that has changed what is used here
         return
 
@@ -65,9 +72,20 @@ def added(warm: frozenset[str]) -> list[str]:
     return [name for name in behind if name not in warm][::-1]
 
 
-def finalize(warm: frozenset[str]) -> None:
+def has_native_code(names: Iterable[str]) -> bool:
+    """Whether modules may have told C what to do at its end: none of python's own has."""
+    files = (getattr(sys.modules[name], "__file__", None) or "" for name in names)
+    return any(file.endswith(".so") and OWN_EXTENSIONS not in file for file in files)
+
+
+def exit_at_once(code: int) -> None:
+    """C's end without a look at each library, which would touch it."""
+    libc.fflush(None)
+    libc._exit(code)
+
+
+def finalize(names: list[str]) -> None:
     """Lets the program's modules go, in python's order, so that finalizers run."""
-    names = ["__main__", *added(warm)]
     modules = [weakref.ref(sys.modules[name]) for name in names]
     for name in names:
         sys.modules[name] = None  # type: ignore[assignment]

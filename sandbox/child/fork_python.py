@@ -89,7 +89,9 @@ def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int
     """Forks a child for every request. Returns in the child that is to be the program, and nowhere else."""
     del sys.modules[__name__]
     sys.modules[__name__] = types.ModuleType(__name__)  # now the last
-    atexit.register(leave, frozenset(sys.modules))  # the first to be registered is the last to be called
+    atexit.register(
+        leave, frozenset(sys.modules), has_native_code(sys.modules)
+    )  # the first to be registered is the last to be called
     os.getppid = posix.getppid = parent_for(os.getppid)
     numbers = image.cast("i")
     ends = Ends()
@@ -343,7 +345,7 @@ def forget(name: str) -> None:
 
 
 if __name__ == "sitecustomize":
-    from early_end import leave, mains  # type: ignore[import-not-found]
+    from early_end import has_native_code, leave, mains  # type: ignore[import-not-found]
 
     del sys.modules["early_end"]
     sys.path.remove(FOLDER)
