@@ -144,10 +144,12 @@ class ForkServerEngine:
         except TooLittleMemory:
             return did_not_fit(job)
         finally:
-            await slot.gone()
+            lives = slot.is_good()
             leaving = spawn(slot.discard(), name="give back a slot")
             self._leaving.add(leaving)
             leaving.add_done_callback(self._leaving.discard)
+            if lives:  # whoever cancels may rely on the processes being gone, and cancel once more
+                await asyncio.shield(leaving)
 
     async def close(self) -> None:
         """Ends the fork servers and gives the control groups back."""
@@ -187,24 +189,27 @@ class ForkServerEngine:
         starts = language == "javascript" and self._koffi is None
         extra = self._started_ahead(host, language) if starts else b""
         for _ in range(ATTEMPTS):
-            server, uid, leaf = await servers.take(), self._uids.take(), host.groups.leaf()
+            server, uid = await servers.take(), self._uids.take()
             inside = INSIDE_UID + 1 + uid - self._first_uid - SERVER_UIDS if host.is_root else INSIDE_UID
 
             def give_back(server: ForkServer = server, uid: int = uid) -> None:
                 servers.give_back(server)
                 self._uids.give_back(uid)
 
+            leaf = None
             try:
+                leaf = host.groups.leaf()
+                image = request(server.parent, inside, limits, len(leaf.entrances()), extra)
                 slot = Slot(server, leaf, uid, give_back)
-                entrances = len(leaf.entrances())
-                await slot.fill(request(server.parent, inside, limits, entrances, extra))
+                await slot.fill(image)
                 return slot
             except (ForkServerLost, ConnectionError, TimeoutError) as loss:
                 server.lost()
                 failure: OSError = loss
             except OSError as problem:
                 failure = problem
-            await leaf.remove()
+            if leaf is not None:
+                await leaf.remove()
             give_back()
             if server.is_alive():
                 break

@@ -62,8 +62,8 @@ class Slot:
             TimeoutError: it does not answer.
             OSError: it could not do it; the text says why.
         """
-        entrances = self.leaf.entrances()
         try:
+            entrances = self.leaf.entrances()
             async with asyncio.timeout(SETUP_SECONDS):
                 descriptors = [self._far_end.fileno(), self._job, *self._theirs, *entrances]
                 await self._server.fork(request.bytes, descriptors)
@@ -143,7 +143,8 @@ class Slot:
                 loop.remove_reader(self._pidfd)
 
     async def discard(self) -> None:
-        """Gives everything back."""
+        """Ends whatever is left of it and gives everything back."""
+        await self.gone()
         self._end.close()
         if self._collecting is not None:
             await asyncio.wait({self._collecting})

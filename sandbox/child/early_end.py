@@ -4,6 +4,7 @@ Taking the interpreter apart, which python does last, costs more than most progr
 forked.
 """
 
+import atexit
 import contextlib
 import ctypes
 import gc
@@ -34,6 +35,7 @@ def leave(warm: frozenset[str], native: bool) -> None:
             names = ["__main__", *added(warm)]
             exit = libc.exit if native or has_native_code(names) else exit_at_once
             flush()
+            atexit._clear()  # their work is done; what they refer to is to be collected
             finalize(names)
             exit(0)
     except BaseException:  # of a program that has changed what is used here
@@ -68,8 +70,10 @@ def flush() -> None:
 
 def added(warm: frozenset[str]) -> list[str]:
     """The names of modules that are not warm. They stand behind those that are, each of which would be touched."""
-    behind = itertools.takewhile(lambda name: name != LAST, reversed(sys.modules))
-    return [name for name in behind if name not in warm][::-1]
+    names = list(itertools.takewhile(lambda name: name != LAST, reversed(sys.modules)))
+    if len(sys.modules) - len(names) != len(warm):  # some were removed or put elsewhere
+        names = list(reversed(sys.modules))
+    return [name for name in names if name not in warm][::-1]
 
 
 def has_native_code(names: Iterable[str]) -> bool:

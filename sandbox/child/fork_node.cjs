@@ -6,6 +6,9 @@
 // lost in the child, so it must leave before node waits for them.
 'use strict'
 
+const stderr = Object.getOwnPropertyDescriptor(process, 'stderr')
+Object.defineProperty(process, 'stderr', { configurable: true, value: null }) // who only looks at it, opens it
+
 const fs = require('node:fs')
 const { inspect } = require('node:util')
 const { queryObjects } = require('node:v8')
@@ -257,6 +260,8 @@ function rehearse (place) {
   process.emitWarning = () => {} // it is experimental, we know
   queryObjects(class None {}) // collects garbage first; gc() of a new context would choose the seed of all later ones
   process.emitWarning = emitWarning
+  process._tickCallback() // what is still to be done is not the program's
+  Object.defineProperty(process, 'stderr', stderr)
 }
 
 /** The ends of a new pipe, to read from and to write to. */

@@ -10,6 +10,12 @@ costs most, because each page is then copied: so little is.
 A child may also become another interpreter, started ahead of its job.
 """
 
+import sys
+
+STARTED = frozenset(sys.modules)
+"""What python itself has imported: a program's own file of such a name is not looked at."""
+
+# ruff: noqa: E402
 import atexit
 import contextlib
 import ctypes
@@ -22,7 +28,6 @@ import posix
 import select
 import signal
 import socket
-import sys
 import time
 import traceback
 import types
@@ -75,7 +80,9 @@ def begin() -> None:
             raise OSError(f"{name} {failure}")
 
     def path_hook(path: str) -> Any:
-        del sys.path_hooks[0]
+        if os.path.basename(path) != sys.argv[0]:  # a folder or an archive to import from
+            raise ImportError
+        sys.path_hooks.remove(path_hook)
         try:
             serve(control, image, perform, hooks)
         except BaseException:  # which python would take for a no, if it is an ImportError
@@ -338,7 +345,7 @@ def take_job(report: int, job: int, room: memoryview, size: int) -> None:
 
 def forget(name: str) -> None:
     """Has a module, and what is in its package, imported anew."""
-    if name not in sys.modules:  # those that are would all be touched by a look at each
+    if name in STARTED or name not in sys.modules:  # those that are would all be touched by a look at each
         return
     for known in [known for known in sys.modules if known == name or known.startswith(f"{name}.")]:
         del sys.modules[known]

@@ -1,4 +1,4 @@
-// What every node that is started ahead of its job loads first (--require). Workers load it again: then it does nothing.
+// What every node that is started ahead of its job loads first (--require), and its workers too.
 'use strict'
 
 const { isMainThread } = require('node:worker_threads')
@@ -20,6 +20,8 @@ if (isMainThread) {
   }
   fs.writeSync(report, `started ${process.hrtime.bigint()}`)
   fs.closeSync(report)
+} else if (process.ppid === 0) { // as fork_node.cjs has it in the main thread
+  Object.defineProperty(process, 'ppid', { ...Object.getOwnPropertyDescriptor(process, 'ppid'), value: 1 })
 }
 
 /** Waits for a job, with the descriptors where fork_python.py leaves them. */

@@ -80,6 +80,11 @@ def test_exit_codes_are_kept(name: str, code: int) -> None:
     assert (outcome.status, outcome.facts.exit_code) == (Status.ERROR, code)
 
 
+def test_what_is_written_to_the_null_device_is_gone(name: str) -> None:
+    code = "import os; print(open('/dev/null', 'w').write('x'), os.system('echo y > /dev/null'))"
+    assert run(name, Job("python", code)).stdout == "1 0\n"
+
+
 def test_a_signal_is_named(name: str) -> None:
     outcome = run(name, Job("python", "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
 

@@ -9,6 +9,7 @@ import itertools
 import os
 import random
 import re
+import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ import pytest
 from sandbox.engine import EngineUnavailable
 from sandbox.forkserver import SEEDS, ForkServerEngine
 from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
+from sandbox.policy import bind, tree
 from tests.conftest import CGROUPS, SECOND, children, leaves, opened, opened_files, until, within
 
 RUNS = 12
@@ -283,7 +285,7 @@ def test_a_slot_that_is_not_wanted_any_more_is_given_back() -> None:
     async def main() -> None:
         async with opened("forkserver") as engine:
             await run(engine, "1", limits=Limits(tmp_bytes=8 << 20))
-            before = len(opened_files())
+            before = count_of_others()
             for _ in range(8):
                 running = asyncio.ensure_future(run(engine, "1", limits=Limits(tmp_bytes=8 << 20)))
                 await asyncio.sleep(0)
@@ -343,6 +345,11 @@ def test_many_runs_leave_nothing_that_grows(monkeypatch: pytest.MonkeyPatch) -> 
     asyncio.run(main())
 
 
+def count_of_others() -> int:
+    """Open descriptors, but for those that control groups keep."""
+    return sum(not what.startswith((str(CGROUPS), "anon_inode:[eventfd]")) for what in opened_files().values())
+
+
 def is_at_rest(engine: ForkServerEngine) -> bool:
     """Whether nothing is being made or given back."""
     return not engine._leaving and not any(slots._in_making for slots in engine._slots.values())
@@ -380,9 +387,7 @@ def held() -> Held:
         groups=len({path.name for path in leaves() if path.name.startswith("run-")}),
         processes=len(tree),
         zombies=states.count(psutil.STATUS_ZOMBIE),
-        descriptors=sum(
-            not what.startswith((str(CGROUPS), "anon_inode:[eventfd]")) for what in opened_files().values()
-        ),
+        descriptors=count_of_others(),
         mounts=len(Path("/proc/self/mountinfo").read_text().splitlines()),
         memory=psutil.Process().memory_info().rss,
         memory_of_node=node[0],
@@ -410,6 +415,80 @@ def test_modules_are_imported_ahead_and_a_file_of_the_same_name_comes_first() ->
             assert (await run(engine, "import decimal; print(decimal.mine)", files=own)).stdout == "mine\n"
         finally:
             await engine.close()
+
+    asyncio.run(main())
+
+
+def test_python_is_not_forked_before_it_has_looked_for_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it starts, it asks its path hooks about the folder of packages too, unless something was imported ahead."""
+    inside = outputs("import site; print(site.getsitepackages()[0])", runs=1)[0].strip()
+
+    async def main(folder: str) -> None:
+        monkeypatch.setattr(
+            "sandbox.forkserver.tree", lambda host, users=1: [*tree(host, users), bind(Path(folder), inside)]
+        )
+        engine = ForkServerEngine(preload=())
+        await engine.open()
+        try:
+            assert (await run(engine, "import beside; print(beside.here)")).stdout == "here\n"
+        finally:
+            await engine.close()
+
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:  # which jails can reach
+        Path(folder, "beside.py").write_text("here = 'here'")
+        Path(folder).chmod(0o755)
+        asyncio.run(main(folder))
+
+
+def test_a_file_of_the_name_of_what_python_has_imported_is_not_looked_at() -> None:
+    files = {"os.py": "1 / 0", "sys.py": "1 / 0", "io.py": "1 / 0"}
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert (
+                await run(engine, "import io, os, sys; print(sys.argv, os.sep)", files=files)
+            ).stdout == "['main.py'] /\n"
+
+    asyncio.run(main())
+
+
+def test_a_run_that_is_cancelled_twice_gives_everything_back() -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert isinstance(engine, ForkServerEngine)
+            for _ in range(5):
+                running = asyncio.ensure_future(run(engine, ETERNAL["python"]))
+                await until(lambda: len(engine._slots["python"]._ready) == 1)
+                await asyncio.sleep(0.02 * SECOND)
+                running.cancel()
+                await asyncio.sleep(0)
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+            await until(lambda: is_at_rest(engine))
+            assert sum(server.slots for server in engine._servers["python"]._servers) == 1
+
+    asyncio.run(main())
+
+
+def test_without_descriptors_a_slot_is_not_made_and_nothing_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert isinstance(engine, ForkServerEngine)
+            await until(lambda: is_at_rest(engine))
+            before = count_of_others()
+            failing = OSError(24, "Too many open files")
+            with monkeypatch.context() as patch:
+                patch.setattr("sandbox.cgroup.Leaf.entrances", lambda leaf: (_ for _ in ()).throw(failing))
+                for _ in range(3):
+                    with pytest.raises(OSError, match="Too many open files"):
+                        await engine._make_slot(engine._host, "python", engine._usual)  # type: ignore[arg-type]
+            with monkeypatch.context() as patch:
+                patch.setattr(engine._host.groups, "leaf", lambda: (_ for _ in ()).throw(failing))  # type: ignore[union-attr]
+                with pytest.raises(OSError, match="Too many open files"):
+                    await engine._make_slot(engine._host, "python", engine._usual)  # type: ignore[arg-type]
+            assert count_of_others() == before
+            assert sum(server.slots for server in engine._servers["python"]._servers) == 1
 
     asyncio.run(main())
 
@@ -457,6 +536,15 @@ ENDS = {
     "a full standard output": "import sys; sys.stdout = open('/dev/full', 'w'); print('x')",
     "an exit with a text": "raise SystemExit('words')",
     "an exit in an exit handler": "import atexit, sys; atexit.register(sys.exit, 5)",
+    "an exit handler that knows what is to be finalized": (
+        "import atexit\nclass A:\n    def __del__(self): print('gone')\na = A()\n"
+        "atexit.register(lambda: print('bye', bool(a)))"
+    ),
+    "a module that is finalized, with others removed and put elsewhere": (
+        "import sys, types\nclass A:\n    def __del__(self): print('gone')\nm = types.ModuleType('m')\nm.a = A()\n"
+        "sys.modules['m'] = m\nsys.modules['json'] = sys.modules.pop('json', m)\n"
+        "sys.modules['sitecustomize'] = sys.modules.pop('sitecustomize', m)"
+    ),
     "an exit in a thread": "import threading; threading.Thread(target=exit).start()",
     "an interrupt": "raise KeyboardInterrupt",
     "an error in a finalizer": "class A:\n    def __del__(self): 1 / 0\na = A()",
@@ -523,6 +611,17 @@ JAVASCRIPT = {
     "fetch without a network": "fetch('http://127.0.0.1:1').catch((e) => console.log(e.cause.code))",
     "webassembly": (
         "WebAssembly.instantiate(Uint8Array.from([0, 97, 115, 109, 1, 0, 0, 0])).then((w) => console.log(w.module))"
+    ),
+    "what is open at the start": "console.log(process.getActiveResourcesInfo())",
+    "what happens beside it": (
+        "const fs = require('fs'); const seen = []; require('async_hooks').createHook({"
+        "before: (id) => seen.push(id < first), after: (id) => seen.push(id < first)}).enable();"
+        "const first = require('async_hooks').executionAsyncId() + 1;"
+        "setTimeout(() => { seen.length > 9 && fs.writeSync(1, 'much') }, 20)"
+    ),
+    "the parent of a worker": (
+        "const { Worker } = require('worker_threads'); new Worker('process.kill(process.ppid || 0, 0); console.log(1)',"
+        "{ eval: true })"
     ),
     "async files": "require('fs').readFile('main.js', 'utf8', (e, t) => console.log(e, t.length))",
     "waiting": "Atomics.wait(new Int32Array(new SharedArrayBuffer(4)), 0, 0, 50); console.log('waited')",
