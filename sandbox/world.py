@@ -13,10 +13,9 @@ from sandbox.model import Limits
 from sandbox.policy import INSIDE_UID, scratch
 from sandbox.syscalls import JOB_AT, JOB_BYTES, SHARED_AT, Descriptor, Image, Room, Step
 
-FOLDER = b"/forkserver"
 REPORT, JOB, STDIN, FIRST_GROUP = 0, 1, 2, 5
 """Places in a request's descriptors."""
-RESERVED = 3
+STREAMS, RESERVED = 3, 3
 """A fork server has so many descriptors in a row, from its `base` on, that no request's are below."""
 OWN_PIDS, INIT, NOWHERE = 0, 1, 2
 """In this order: its pid namespace, the file of first processes, /dev/null. A child has its report and its job at the
@@ -25,7 +24,6 @@ first two."""
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MNT_DETACH = 2
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 SECCOMP_MODE_FILTER, INSTRUCTION_BYTES = 2, 8
 CAPABILITY_VERSION_3 = 0x20080522
@@ -60,7 +58,7 @@ def request(parent: Parent, user: int, limits: Limits, groups: int, extra: bytes
     """A request for a child that is a user of its own inside, and joins so many control groups."""
     base = parent.base
     mine = {Descriptor(place): base + place for place in (REPORT, JOB)}
-    streams = {Descriptor(STDIN + number): number for number in range(3)}
+    streams = {Descriptor(STDIN + number): number for number in range(STREAMS)}
     joined = [Descriptor(FIRST_GROUP + number) for number in range(groups)]
     scratch_options = f"{scratch(limits)},uid={user},gid={user}".encode()
     no_rights = struct.pack("<6I", 0, 0, 0, 0, 0, 0)
@@ -71,10 +69,10 @@ def request(parent: Parent, user: int, limits: Limits, groups: int, extra: bytes
         Step("unshare", CLONE_NEWNS | CLONE_NEWCGROUP | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWNET),
         _mount(b"proc", b"/proc", MS_RDONLY | MS_NOSUID | MS_NODEV | MS_NOEXEC),
         *(_mount(b"tmpfs", place, MS_NOSUID | MS_NODEV, scratch_options) for place in (b"/tmp", b"/work", b"/dev/shm")),
-        Step("umount2", FOLDER, MNT_DETACH),
         Step("chdir", b"/work"),
         *(Step("dup3", theirs, number, 0) for theirs, number in streams.items()),
         *(Step("dup3", base + NOWHERE, number, 0) for number in parent.inherited),
+        *(Step("close", number) for number in range(STREAMS, base) if number not in parent.inherited),
         Step("close_range", base + NOWHERE, LAST_DESCRIPTOR, 0),
         Step("prlimit64", 0, RLIMIT_NOFILE, struct.pack("<2Q", limits.open_files, limits.open_files), 0),
         Step("capset", struct.pack("<2I", CAPABILITY_VERSION_3, 0), no_rights),

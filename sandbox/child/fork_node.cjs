@@ -22,13 +22,13 @@ const ZERO = '0'.charCodeAt(0)
 const GENERATOR_BYTES = 24 // of V8: a seed, which has been used, and two words of state
 const REAP_MS = 10
 const [REPORT, JOB] = [0, 1] // places in a request's descriptors, and, from `base` on, in a child
-const INIT = 1 // from `base` on, three are the fork server's own: all that come with a request are above
+const [INIT, RESERVED] = [1, 3] // so many from `base` on are the fork server's own: all that come are above
 
 const [PROT_READ, PROT_WRITE, PROT_EXEC] = [1, 2, 4]
 const MAPPING = 2 | 0x20 | 0x100000 // private, anonymous, fixed and not in place of another
 const [PR_CAPBSET_DROP, PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL] = [24, 47, 4]
 const SIGKILL = 9
-const [EINTR, WNOHANG] = [4, 1]
+const [EINTR, WNOHANG, MNT_DETACH] = [4, 1, 2]
 const [MSG_CMSG_CLOEXEC, POLLIN, POSIX_SPAWN_SETPGROUP] = [0x40000000, 1, 2]
 const PIDFD_OPEN = 434
 const [O_RDWR, O_PATH, O_CLOEXEC, F_GETFD, F_DUPFD_CLOEXEC] = [2, 0x200000, 0x80000, 1, 1030]
@@ -37,7 +37,7 @@ const self = koffi.load(null)
 const libc = {}
 for (const declaration of [
   'long recvmsg(int, void *, int)', 'int fork()', 'int dup3(int, int, int)', 'int close(int)', 'int kill(int, int)',
-  'int pipe(void *)',
+  'int pipe(void *)', 'int umount2(str, int)',
   'void *mmap(uintptr_t, size_t, int, int, int, long)', 'int mprotect(uintptr_t, size_t, int)',
   'int prctl(int, unsigned long, unsigned long, unsigned long, unsigned long)', 'int waitpid(int, void *, int)',
   'int poll(void *, unsigned long, int)', 'long syscall(long, long, long, long)',
@@ -81,6 +81,7 @@ function serve (fs, place) {
   for (;;) {
     ends.reportedUntilRequest()
     const { lists, descriptors } = receive()
+    if (Math.min(...descriptors) < base + RESERVED) throw new Error(`descriptors came at ${descriptors}`)
     const report = descriptors[REPORT]
     let [init, program] = [0, -1]
     try {
@@ -128,6 +129,7 @@ function begin (place) {
   const receive = receiver(image)
   const startFirst = firstProcesses(base)
   becomeProgram()
+  call('umount2', '/forkserver', MNT_DETACH) // for all children at once: the kernel waits for all processors each time
   fs.writeSync(0, ['ready', base, generator, GENERATOR_BYTES, ...inherited].join(' '))
   return { base, perform, startFirst, image, receive }
 }
@@ -166,10 +168,10 @@ function reserve (firstProcess) {
   fs.fchmodSync(file, 0o111) // nobody may read it: so no process can look into one that runs it
   const aside = opened.map((number) => call('fcntl', number, F_DUPFD_CLOEXEC, base + 2 * opened.length))
   for (const number of [file, ...opened]) libc.close(number) // what is open for writing cannot be executed
-  aside.forEach((number, place) => {
-    call('dup3', number, base + place, O_CLOEXEC)
-    libc.close(number)
-  })
+  aside.forEach((number, place) => call('dup3', number, base + place, O_CLOEXEC))
+  for (const number of aside) libc.close(number)
+  while (call('open', '/dev/null', O_CLOEXEC) < base); // fills what is free below, where descriptors would be let in
+  libc.close(base + aside.length)
   return { base, inherited }
 }
 
