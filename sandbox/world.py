@@ -15,11 +15,11 @@ from sandbox.syscalls import JOB_AT, JOB_BYTES, SHARED_AT, Descriptor, Image, Ro
 
 REPORT, JOB, STDIN, FIRST_GROUP = 0, 1, 2, 5
 """Places in a request's descriptors."""
-STREAMS, RESERVED = 3, 3
-"""A fork server has so many descriptors in a row, from its `base` on, that no request's are below."""
-OWN_PIDS, INIT, NOWHERE = 0, 1, 2
-"""In this order: its pid namespace, the file of first processes, /dev/null. A child has its report and its job at the
-first two."""
+STREAMS = 3
+OWN_PIDS, NOWHERE = 0, 2
+"""Places in the row of three that a fork server keeps for itself, from its `base` on: its pid namespace, the file of
+first processes, /dev/null. All that come with a request are above. A child has its report and its job at the first two.
+"""
 
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
 CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000

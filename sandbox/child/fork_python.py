@@ -97,9 +97,8 @@ def serve(control: socket.socket, image: memoryview, perform: Callable[[str, int
     """Forks a child for every request. Returns in the child that is to be the program, and nowhere else."""
     del sys.modules[__name__]
     sys.modules[__name__] = types.ModuleType(__name__)  # now the last
-    atexit.register(
-        leave, frozenset(sys.modules), has_native_code(sys.modules)
-    )  # the first to be registered is the last to be called
+    # The first to be registered is the last to be called.
+    atexit.register(leave, frozenset(sys.modules), has_native_code(sys.modules))
     libc.umount2(FOLDER.encode(), MNT_DETACH)  # for all children at once: the kernel waits for all processors each time
     os.getppid = posix.getppid = parent_for(os.getppid)
     numbers = image.cast("i")
