@@ -135,7 +135,7 @@ class Image:
     ) -> None:  # fmt: skip
         """`extra` is for the fork server itself. Raises OSError for a call that this machine does not have."""
         lists = [tuple(before), tuple(child), tuple(wait), tuple(after)]
-        self._lists = dict(zip(LISTS, lists, strict=True))
+        self._whats = {name: [step.what for step in steps] for name, steps in zip(LISTS, lists, strict=True)}
         room = 0
         count = sum(isinstance(one, Descriptor) for steps in lists for step in steps for one in step.arguments)
         start = HEADER.size + count * PATCH.size
@@ -176,7 +176,7 @@ class Image:
     def failure(self, text: str) -> str:
         """What a fork server's report of a failure means: the name of a list and the code's answer."""
         name, _, answer = text.partition(" ")
-        if name not in self._lists or not answer.isdecimal():
+        if name not in self._whats or not answer.isdecimal():
             return text
         number, error = divmod(int(answer), 1 << ERRNO_BITS)
-        return f"{self._lists[name][number].what}: {os.strerror(error)}"
+        return f"{self._whats[name][number]}: {os.strerror(error)}"
