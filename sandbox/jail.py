@@ -57,8 +57,8 @@ def before_exec(*, warded: bool) -> Callable[[], None] | None:
 class Jail:
     """One nsjail process, in its control group already, with the pipes to it. It waits for its configuration.
 
-    Moving a process into a group makes the kernel wait for all processors to take note: 2 ms for each controller of
-    version 1. So a jail is started ahead of the run that will use it, in a thread.
+    Moving another process into a group makes the kernel wait for all processors to take note, for some milliseconds. So
+    a jail is started ahead of the run that will use it, in a thread.
     """
 
     def __init__(self, nsjail: Path, leaf: JailGroup, uid: int, *, warded: bool) -> None:

@@ -1,7 +1,7 @@
-"""Lists of system calls that a forked interpreter makes in one go, with fifty bytes of machine code.
+"""Lists of system calls that a forked interpreter makes in one go, with some seventy bytes of machine code.
 
-Made one by one by an interpreter, the calls that contain a run would cost ten times what the kernel needs for them:
-each word of the code that makes them lies on a page that is first copied, because the fork server has the same.
+An interpreter that made them one by one would touch much more: each word of the code that makes them lies on a page
+that is first copied, because the fork server has the same.
 
 A request to a fork server is an image of such lists, made by the server and received where it will be used, at an
 address that both know. It begins with 32-bit numbers: the places of four lists, where bytes that are waited for will
