@@ -21,6 +21,8 @@ const HEADER = 8
 const ZERO = '0'.charCodeAt(0)
 const GENERATOR_BYTES = 24 // of V8: a seed, which has been used, and two words of state
 const REAP_MS = 10
+const [REHEARSALS, PIPE_BYTES] = [20, 65536]
+const SMALL_MODULE = '/forkserver/node_random.cjs'
 const [REPORT, JOB] = [0, 1] // places in a request's descriptors, and, from `base` on, in a child
 const [INIT, RESERVED] = [1, 3] // so many from `base` on are the fork server's own: all that come are above
 
@@ -243,21 +245,30 @@ class Ends {
   }
 }
 
-/** Does once what nearly every program does, so that it need not be loaded and compiled in each child. */
+/**
+ * Does what nearly every program does, so that it need not be loaded and compiled in each child; and does it so often that
+ * V8 compiles it better here, not in each child.
+ */
 function rehearse (place) {
   const { Console } = require('node:console')
   const { Socket } = require('node:net')
-  const { Writable } = require('node:stream')
   const job = Buffer.from(JSON.stringify({ args: [], files: { '/dev/null': 'text' } }))
   const [end, other] = pipe()
-  fs.readSync(end, Buffer.alloc(1), 0, fs.writeSync(other, job, 0, 1), null)
-  place(fs, job, 'r+')
   const socket = new Socket({ fd: other, readable: false, writable: true }) // as process.stdout is, when it is a pipe
+  const console = new Console(socket)
+  for (let count = 0; count < REHEARSALS; count++) {
+    place(fs, job, 'r+')
+    delete require.cache[SMALL_MODULE]
+    require(SMALL_MODULE)
+    console.log('text')
+    console.log('%s', 1, { a: ['b', 2n, null] }, new Map([[1, new Error('rehearsal')]]))
+    process._tickCallback()
+    fs.readSync(end, Buffer.alloc(PIPE_BYTES), 0, PIPE_BYTES, null)
+  }
+  delete require.cache[SMALL_MODULE]
   socket.unref()
-  socket.destroy()
+  socket._handle.close() // which leaves the program nothing to do, as socket.destroy() would
   fs.closeSync(end)
-  const quiet = new Console(new Writable({ write: (chunk, encoding, done) => done() }))
-  quiet.log('%s', 1, { a: ['b', 2n, null] }, new Map([[1, new Error('rehearsal')]]))
   const { emitWarning } = process
   process.emitWarning = () => {} // it is experimental, we know
   queryObjects(class None {}) // collects garbage first; gc() of a new context would choose the seed of all later ones
@@ -338,6 +349,7 @@ function leaveEarly () {
       libc.atExit(environment, exit, code)
     }
   }
+  process.emit('rehearsal') // compiles it
 }
 
 /** What a handler of uncaught errors gives; if it throws itself, node ends there with a code of its own. */
