@@ -1,8 +1,8 @@
 """The first process of a run's pid namespace: a program of some hundred bytes that adopts orphans, and nothing else.
 
 The kernel wants a first process; forked from an interpreter, it would copy as many pages as the program that it is for.
-This one says `init` through descriptor 3, closes it, ignores SIGCHLD (so that the kernel reaps what it adopts), and
-sleeps for ever. It reads nothing, so there is nothing in it that a program could attack.
+This one ignores SIGCHLD (so that the kernel reaps what it adopts) and sleeps for ever. It has no descriptors and reads
+nothing, so there is nothing in it that a program could attack.
 """
 
 from __future__ import annotations
@@ -10,17 +10,9 @@ from __future__ import annotations
 import struct
 
 X86_64 = """
-    b801000000      mov eax, 1              # write
-    bf03000000      mov edi, 3
-    488d3537000000  lea rsi, [rip + word]
-    ba04000000      mov edx, 4
-    0f05            syscall
-    b803000000      mov eax, 3              # close
-    bf03000000      mov edi, 3
-    0f05            syscall
     b80d000000      mov eax, 13             # rt_sigaction
     bf11000000      mov edi, 17             # SIGCHLD
-    488d3517000000  lea rsi, [rip + ignore]
+    488d3513000000  lea rsi, [rip + ignore]
     31d2            xor edx, edx
     41ba08000000    mov r10d, 8
     0f05            syscall
@@ -29,17 +21,9 @@ X86_64 = """
     ebf7            jmp -9
 """
 AARCH64 = """
-    080880d2        mov x8, 64              # write
-    600080d2        mov x0, 3
-    61020010        adr x1, word
-    820080d2        mov x2, 4
-    010000d4        svc 0
-    280780d2        mov x8, 57              # close
-    600080d2        mov x0, 3
-    010000d4        svc 0
     c81080d2        mov x8, 134             # rt_sigaction
     200280d2        mov x0, 17              # SIGCHLD
-    81010010        adr x1, ignore
+    61010010        adr x1, ignore
     020080d2        mov x2, 0
     030180d2        mov x3, 8
     010000d4        svc 0
@@ -51,7 +35,6 @@ AARCH64 = """
     010000d4        svc 0
     faffff17        b -24
 """
-WORD = b"init"
 SIG_IGN = 1
 IGNORE = struct.pack("<4Q", SIG_IGN, 0, 0, 0)
 """The kernel's struct sigaction."""
@@ -70,7 +53,7 @@ def executable(machine: str) -> bytes:
         number, text = CODE[machine]
     except KeyError:
         raise OSError(f"there is no first process for {machine}, only for {' and '.join(CODE)}") from None
-    code = bytes.fromhex("".join(line.split()[0] for line in text.strip().splitlines())) + WORD + IGNORE
+    code = bytes.fromhex("".join(line.split()[0] for line in text.strip().splitlines())) + IGNORE
     start = ELF_HEADER.size + PROGRAM_HEADER.size
     size = start + len(code)
     header = ELF_HEADER.pack(

@@ -9,6 +9,7 @@ import logging
 import marshal
 import os
 import platform
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from background import spawn
 from sandbox.cgroup import TooLittleMemory
 from sandbox.engine import EngineUnavailable, did_not_fit
 from sandbox.first_process import executable
-from sandbox.forkjail import ForkServer, ForkServers
+from sandbox.forkjail import ForkServer, ForkServerLost, ForkServers
 from sandbox.host import FIRST_UID, UIDS, Host, Uids
 from sandbox.interpreters import Wanted, find_koffi, runtime_folder
 from sandbox.languages import LANGUAGES
 from sandbox.model import Channel, Job, Language, Limits, Outcome, Status
+from sandbox.placing import placed
 from sandbox.policy import (
     INSIDE_UID,
     bind,
@@ -34,10 +36,10 @@ from sandbox.policy import (
     tree,
 )  # fmt: skip
 from sandbox.ready import LEFT_FOR_FIRST, Ready
-from sandbox.seccomp import bpf, kafel_of_fork_server
-from sandbox.slot import ForkServerLost, Slot
-from sandbox.syscalls import CODE_AT, PART, REQUEST_AT, SHARED_AT, code
-from sandbox.world import request, shared
+from sandbox.seccomp import asking, bpf, kafel_of_fork_server
+from sandbox.slot import Slot
+from sandbox.syscalls import CODE_AT, JOB_AT, JOB_BYTES, PART, REQUEST_AT, SHARED_AT, code
+from sandbox.world import JOB, REPORT, Parent, request, shared
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +139,7 @@ class ForkServerEngine:
         slot = await self._take(job, channel)
         try:
             slot.leaf.limit(job.limits)
-            slot.begin(job, self._task_of(job))
+            slot.begin(job, self._task_of(job, slot.parent))
             outcome = await slot.watch(job, channel)
             await slot.gone()
             return await slot.files(job, outcome)
@@ -145,9 +147,7 @@ class ForkServerEngine:
             return did_not_fit(job)
         finally:
             lives = slot.is_good()
-            leaving = spawn(slot.discard(), name="give back a slot")
-            self._leaving.add(leaving)
-            leaving.add_done_callback(self._leaving.discard)
+            leaving = self._leave(slot.discard())
             if lives:  # whoever cancels may rely on the processes being gone, and cancel once more
                 await asyncio.shield(leaving)
 
@@ -171,8 +171,16 @@ class ForkServerEngine:
         one = Ready(functools.partial(self._make_slot, self._host, job.language, job.limits), 0)
         try:
             return await one.take()
-        finally:
-            await one.close()  # and with it the slot, if nobody waits for it any more
+        except BaseException:  # if nobody waits for it any more, it is made nevertheless
+            await asyncio.shield(self._leave(one.close()))
+            raise
+
+    def _leave(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Gives back a slot, whatever becomes of the caller."""
+        leaving = spawn(work, name="give back a slot")
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
+        return leaving
 
     async def _try(self, language: Language) -> None:
         code, expected = TRIALS[language]
@@ -186,8 +194,8 @@ class ForkServerEngine:
     async def _make_slot(self, host: Host, language: Language, limits: Limits) -> Slot:
         """A slot that waits, of the first fork server that answers."""
         servers = self._servers[language]
-        starts = language == "javascript" and self._koffi is None
-        extra = self._started_ahead(host, language) if starts else b""
+        extra = self._started_ahead(host, language) if self._starts_ahead(language) else b""
+        straight = language == "python"
         for _ in range(ATTEMPTS):
             server, uid = await servers.take(), self._uids.take()
             inside = INSIDE_UID + 1 + uid - self._first_uid - SERVER_UIDS if host.is_root else INSIDE_UID
@@ -199,11 +207,15 @@ class ForkServerEngine:
             leaf = None
             try:
                 leaf = host.groups.leaf()
-                image = request(server.parent, inside, limits, len(leaf.entrances()), extra)
+                groups = len(leaf.entrances())
                 slot = Slot(server, leaf, uid, give_back)
+                image = request(
+                    server.parent, inside, limits, groups,
+                    has_network=slot.network is not None, straight=straight, extra=extra,
+                )  # fmt: skip
                 await slot.fill(image)
                 return slot
-            except (ForkServerLost, ConnectionError, TimeoutError) as loss:
+            except (ForkServerLost, TimeoutError) as loss:
                 server.lost()
                 failure: OSError = loss
             except OSError as problem:
@@ -215,13 +227,22 @@ class ForkServerEngine:
                 break
         raise failure
 
-    def _task_of(self, job: Job) -> bytes:
-        """The job's file, as fork_python.py and preload.cjs read it."""
+    def _task_of(self, job: Job, parent: Parent) -> bytes:
+        """The job's file, for a child of `parent` or, where node is started ahead, for preload.cjs."""
         files = {**job.files, LANGUAGES[job.language].file_name: job.code}
-        if job.language == "python":
-            contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
-            return marshal.dumps((list(job.args), contents), MARSHAL_VERSION)
-        return json.dumps({"args": job.args, "files": files}).encode()
+        if self._starts_ahead(job.language):
+            return json.dumps({"args": job.args, "files": files}).encode()
+        extra = b""
+        if job.language == "python" and (job.args or job.files):  # which come before modules that are warm
+            names = [name.partition("/")[0].removesuffix(".py") for name in job.files]
+            extra = marshal.dumps((list(job.args), names), MARSHAL_VERSION)
+        elif job.args:
+            extra = json.dumps(job.args).encode()
+        contents = {name: text.encode("utf-8", "surrogatepass") for name, text in files.items()}
+        return placed(contents, parent.base + REPORT, parent.base + JOB, extra)
+
+    def _starts_ahead(self, language: Language) -> bool:
+        return language == "javascript" and self._koffi is None
 
     def _start_python(self, host: Host) -> ForkServer:
         python = str(host.interpreters["python"].inside)
@@ -240,11 +261,12 @@ class ForkServerEngine:
         return {
             "first_process": executable(platform.machine()),
             "code": code(platform.machine()),
-            "shared": shared(self._filter),
             "code_at": CODE_AT,
             "shared_at": SHARED_AT,
             "request_at": REQUEST_AT,
             "size": PART,
+            "job_at": JOB_AT,
+            "job_bytes": JOB_BYTES,
         }
 
     def _started_ahead(self, host: Host, language: Language) -> bytes:
@@ -304,4 +326,8 @@ class ForkServerEngine:
         ]
         leaf = host.groups.leaf()
         give_back = functools.partial(self._server_uids.give_back, uid)
-        return ForkServer(host.nsjail, "\n".join(config), setup, leaf, give_back, warded=host.warden is not None)
+        warded = host.warden is not None
+        return ForkServer(host.nsjail, "\n".join(config), setup, self._shared, leaf, give_back, warded=warded)
+
+    def _shared(self, parent: Parent) -> bytes:
+        return shared(parent, self._filter, asking())

@@ -55,10 +55,14 @@ class Reports:
             case [b"started", nanoseconds]:
                 self._started(int(nanoseconds) / 1e9)
             case [b"ended", nanoseconds, status]:
-                code = os.waitstatus_to_exitcode(int(status))
-                how = {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}
                 files = {name: bytes(text) for name, text in self._files.items()}
-                self._ended(int(nanoseconds) / 1e9, files=files, files_cut=self._files_cut, **how)
+                self._ended(int(nanoseconds) / 1e9, files=files, files_cut=self._files_cut, **how(int(status)))
             case _:
                 return False
         return True
+
+
+def how(status: int) -> dict[str, int | str]:
+    """The facts that a status, as `wait` gives it, tells of a program's end."""
+    code = os.waitstatus_to_exitcode(status)
+    return {"exit_code": code} if code >= 0 else {"signal": signal_name(-code)}

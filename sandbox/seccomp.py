@@ -140,13 +140,28 @@ def kafel_of_fork_server() -> str:
            "USE forkable DEFAULT ALLOW\n"  # fmt: skip
 
 
+def asking() -> bytes:
+    """A filter as the kernel takes it, with which it asks a listener before a socket is made.
+
+    What a filter of `bpf` refuses, it refuses without asking.
+    """
+    program = _Program()
+    program.add(LOAD, NUMBER_AT)
+    program.add(IF_EQUAL, number_of("socket"), "ask")
+    program.add(IF_EQUAL, number_of("socketpair"), "ask")
+    program.add(RETURN, ALLOW)
+    program.name("ask")
+    program.add(RETURN, ASK)
+    return program.bytes()
+
+
 LOAD, RETURN, IF_EQUAL, IF_AT_LEAST, IF_ANY_BIT = 0x20, 0x06, 0x15, 0x35, 0x45
 """Instructions of classic BPF; the conditions are about what was loaded last. Source: linux/bpf_common.h."""
 INSTRUCTION = struct.Struct("<HBBI")
 NUMBER_AT, ARCHITECTURE_AT, ARGUMENTS_AT = 0, 4, 16
 """In the kernel's struct seccomp_data, whose arguments have 64 bits each."""
 ALL_BITS = 0xFFFFFFFF
-ALLOW, ERRNO, KILL = 0x7FFF0000, 0x00050000, 0x80000000
+ALLOW, ERRNO, KILL, ASK = 0x7FFF0000, 0x00050000, 0x80000000, 0x7FC00000
 ANSWERS = {
     "allow": ALLOW, "refuse": ERRNO | EPERM, "no such family": ERRNO | EAFNOSUPPORT, "no such call": ERRNO | ENOSYS,
     "kill": KILL,

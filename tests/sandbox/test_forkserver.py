@@ -334,9 +334,11 @@ def test_many_runs_leave_nothing_that_grows(monkeypatch: pytest.MonkeyPatch) -> 
             before = await at_rest(engine)
             await asyncio.gather(*(some(engine, MANY // 4) for _ in range(4)))
             after = await at_rest(engine)
+            networks = count_of_networks()
 
         assert (after.descriptors, after.mounts, after.zombies) == (before.descriptors, before.mounts, 0)
         assert after.groups <= MOST_GROUPS
+        assert networks <= MOST_NETWORKS
         assert after.memory < before.memory + GROWTH_BYTES
         assert after.memory_of_node < before.memory_of_node + GROWTH_BYTES
 
@@ -344,8 +346,13 @@ def test_many_runs_leave_nothing_that_grows(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def count_of_others() -> int:
-    """Open descriptors, but for those that control groups keep."""
-    return sum(not what.startswith((str(CGROUPS), "anon_inode:[eventfd]")) for what in opened_files().values())
+    """Open descriptors, but for those of what is used again: control groups and network namespaces."""
+    kept = str(CGROUPS), "anon_inode:[eventfd]", "net:["
+    return sum(not what.startswith(kept) for what in opened_files().values())
+
+
+def count_of_networks() -> int:
+    return sum(what.startswith("net:[") for what in opened_files().values())
 
 
 def is_at_rest(engine: ForkServerEngine) -> bool:
@@ -362,6 +369,10 @@ AT_REST = 1 + 2 * FORK_SERVERS + 2 * WARM
 """Processes: the warden, each nsjail with its fork server, each slot with its init."""
 MOST_GROUPS = FORK_SERVERS + WARM + 8
 """One for each fork server and slot, and those that four clients have used and that wait to be used again."""
+
+
+MOST_NETWORKS = MOST_GROUPS + 8
+"""Those of a fork server that is worn out stay until its last slot is gone."""
 
 
 class Held(NamedTuple):
@@ -741,7 +752,7 @@ def test_runs_at_once_have_different_users_outside() -> None:
                 process.uids().real
                 for server in jailed()
                 for process in server.children()
-                if process.cmdline() != ["init"]
+                if process.status() != psutil.STATUS_ZOMBIE and process.cmdline() != ["init"]
             ]
             assert len(set(users)) == len(users) >= 6
             assert min(users) > 0
