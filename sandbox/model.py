@@ -156,6 +156,20 @@ def silent(stream: Stream, chunk: bytes) -> None:
     """The `emit` of a run that nobody listens to."""
 
 
+class Cancel(asyncio.Event):
+    """Set to end a run. Its listeners hear of it at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.listeners: list[Callable[[], None]] = []
+
+    def set(self) -> None:
+        """Ends the run."""
+        super().set()
+        for listener in list(self.listeners):
+            listener()
+
+
 @dataclass(frozen=True, slots=True)
 class Channel:
     """What flows between a run and its client while it lasts.
@@ -163,12 +177,14 @@ class Channel:
     `emit` takes the bytes of a stream as they come and may neither wait nor raise. Setting `cancel` ends the run,
     which then still gives its Outcome. `feed` is standard input after the Job's own; without one it ends with that.
     `first`: its client has no other run under way, so it may have what an engine keeps ready for such clients.
+    `ended` is called when the program has ended, if the engine knows before all of its Outcome is there.
     """
 
     emit: Callable[[Stream, bytes], None] = silent
-    cancel: asyncio.Event = field(default_factory=asyncio.Event)
+    cancel: Cancel = field(default_factory=Cancel)
     feed: Feed | None = None
     first: bool = True
+    ended: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from background import spawn
 from sandbox.model import Channel, Facts, Feed, Job, Outcome, Stream, Usage
 from sandbox.verdict import conclude
 
@@ -68,7 +67,7 @@ class Watch:
         wall_s = at + self._job.limits.wall_ms / 1000 - time.monotonic()
         self._clocks["wall"] = self._loop.call_later(wall_s, lambda: self.end(wall_cut=True))
         self._group.watch_oom(self.end)
-        self._check_cpu()
+        self._check_cpu_after(self._job.limits.cpu_ms)
 
     def ended(self, at: float, **facts: Any) -> bool:
         """The program's first process was over at `at`; `facts` say how. False if the run had been ended before."""
@@ -77,6 +76,7 @@ class Watch:
         self._ended = at
         self._facts |= facts
         self._over.set()
+        self._channel.ended()
         return True
 
     def lost(self, reason: Callable[[], str]) -> None:
@@ -103,7 +103,10 @@ class Watch:
 
     async def outcome(self) -> Outcome:
         """Waits for the end, whoever brings it, and for what is still in the pipes."""
-        listener = spawn(self._heed_cancel(), name="heed cancel")
+        cancel = self._channel.cancel
+        cancel.listeners.append(self._cancelled)
+        if cancel.is_set():
+            self._cancelled()
         try:
             await self._over.wait()
             self._stop_clocks()
@@ -115,7 +118,7 @@ class Watch:
             self._kill()
             raise
         finally:
-            listener.cancel()
+            cancel.listeners.remove(self._cancelled)
             self._stop_clocks()
             for end in (self._in, self._out, self._err):
                 end.close()
@@ -143,20 +146,22 @@ class Watch:
         return printed
 
     def _check_cpu(self) -> None:
-        """Looks again at the earliest moment at which all processors together could have used up the rest."""
         left_ms = self._job.limits.cpu_ms - (self._group.cpu_ms() - self._cpu_before)
         if left_ms <= 0:
             self.end(cpu_cut=True)
         else:
-            pause = max(left_ms / 1000 / PROCESSORS, CPU_CHECK_FLOOR_S)
-            self._clocks["cpu"] = self._loop.call_later(pause, self._check_cpu)
+            self._check_cpu_after(left_ms)
+
+    def _check_cpu_after(self, left_ms: float) -> None:
+        """Looks at the earliest moment at which all processors together could have used up the rest."""
+        pause = max(left_ms / 1000 / PROCESSORS, CPU_CHECK_FLOOR_S)
+        self._clocks["cpu"] = self._loop.call_later(pause, self._check_cpu)
 
     def _stop_clocks(self) -> None:
         for clock in self._clocks.values():
             clock.cancel()
 
-    async def _heed_cancel(self) -> None:
-        await self._channel.cancel.wait()
+    def _cancelled(self) -> None:
         self.end(cancelled=True)
 
 
@@ -179,6 +184,8 @@ class _Reader:
 
     async def drained(self, grace_s: float) -> None:
         """Waits until every writer has closed the pipe, or for the grace."""
+        if self._eof.is_set():
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._eof.wait()

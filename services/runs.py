@@ -31,6 +31,8 @@ class _Entry:
     channel: Channel
     turn: asyncio.Future[None]
     size: int
+    counts: bool = False
+    """Whether it is among those under way."""
     queued_at: float = field(default_factory=time.monotonic)
 
 
@@ -112,7 +114,8 @@ class Runs:
                 return never_started(job), (time.monotonic() - entry.queued_at) * 1000
             queue_ms = (time.monotonic() - entry.queued_at) * 1000
             tell("running", None)
-            channel = replace(entry.channel, first=self._running_of[owner] == 1)
+            first = self._running_of[owner] == 1
+            channel = replace(entry.channel, first=first, ended=lambda: self._give_back(entry, owner))
             try:
                 return await self._engine.run(job, channel), queue_ms
             except EngineAway as away:
@@ -121,7 +124,7 @@ class Runs:
                 log.exception("the %s engine failed", self._engine.name)
                 return failed_outcome(job, "the engine failed; the server's log has more"), queue_ms
             finally:
-                self._give_back(owner)
+                self._give_back(entry, owner)
         finally:
             self._forget(entry, owner, name)
 
@@ -224,7 +227,7 @@ class Runs:
             if entry.turn.cancelled() and entry.channel.cancel.is_set():
                 return False
             if not entry.turn.cancelled():  # the turn had come, but whoever waited for it is gone
-                self._give_back(owner)
+                self._give_back(entry, owner)
             raise
         finally:
             queue = self._queues.get(owner)
@@ -281,6 +284,7 @@ class Runs:
                 self._count(entry, -1)
                 if not entry.turn.done():
                     entry.turn.set_result(None)
+                    entry.counts = True
                     self._running += 1
                     self._running_of[owner] += 1
 
@@ -291,8 +295,11 @@ class Runs:
         may_run = (owner for owner in self._queues if self._may_run(owner))
         return min(may_run, key=lambda owner: self._running_of[owner], default=None)
 
-    def _give_back(self, owner: Hashable) -> None:
-        """A run is over: its place is the next one's."""
+    def _give_back(self, entry: _Entry, owner: Hashable) -> None:
+        """A program has ended: its place is the next one's."""
+        if not entry.counts:
+            return
+        entry.counts = False
         self._running -= 1
         self._running_of[owner] -= 1
         if not self._running_of[owner]:

@@ -39,6 +39,8 @@ class TestEngine:
         self.begun.append(job.code)
         if job.code == "fail":
             raise RuntimeError("broken")
+        if job.code == "ends early":
+            channel.ended()
         end: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._ends.append(end)
         cancelled = asyncio.ensure_future(channel.cancel.wait())
@@ -86,6 +88,22 @@ def test_connections_take_turns_however_much_one_asks_for() -> None:
         await asyncio.gather(*waiting)
 
         assert engine.begun[:4] == ["greedy 0", "greedy 1", "modest", "other"]
+
+    on(test)
+
+
+def test_the_next_begins_when_a_program_has_ended_though_its_outcome_is_not_there() -> None:
+    async def test(runs: Runs, engine: TestEngine) -> None:
+        waiting = [start(runs, "a", "ends early"), start(runs, "a", "second"), start(runs, "b", "third")]
+        await begun(engine, 2)
+        assert runs.counts == {"running": 1, "queued": 1}
+        engine.let_go()
+        assert (await waiting[0])[0].status is Status.OK
+        assert runs.counts == {"running": 1, "queued": 1}  # it is not counted twice
+        engine.let_go()
+        await begun(engine, 3)
+        engine.let_go()
+        await asyncio.gather(*waiting)
 
     on(test)
 
