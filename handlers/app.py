@@ -108,13 +108,12 @@ class AppSocket(ProtocolSocket):
         live = LiveOutput(lambda stream, text: self.deliver(_chunk(stream, text, id))) if data.get("stream") else None
 
         def tell(status: str, position: int | None) -> None:
-            if live:
-                told = {"status": status} if position is None else {"status": status, "position": position}
-                self.tell(text_frame(encode(Message("runStatus", told, id=id))))
+            told = {"status": status} if position is None else {"status": status, "position": position}
+            self.tell(text_frame(encode(Message("runStatus", told, id=id))))
 
         outcome, queue_ms = await self._modes.run(
             data["mode"], job, self, id,
-            emit=live.emit if live else None, interactive=data.get("interactive", False), tell=tell,
+            emit=live.emit if live else None, interactive=data.get("interactive", False), tell=tell if live else None,
         )  # fmt: skip
         if live:
             await live.finish(outcome)

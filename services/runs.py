@@ -91,7 +91,7 @@ class Runs:
         emit: Emit | None = None,
         interactive: bool = False,
         of_task: bool = False,
-        tell: Tell = lambda status, position: None,
+        tell: Tell | None = None,
     ) -> tuple[Outcome, float]:
         """Runs `job` when it is its turn; gives its Outcome and how long it waited, in milliseconds.
 
@@ -108,12 +108,13 @@ class Runs:
         """
         entry = self._admit(job, owner, name, _channel(emit, interactive), bounded=not of_task)
         try:
-            if not entry.turn.done():
+            if tell is not None and not entry.turn.done():
                 tell("queued", self._position(entry, owner))
             if not await self._has_its_turn(entry, owner):
                 return never_started(job), (time.monotonic() - entry.queued_at) * 1000
             queue_ms = (time.monotonic() - entry.queued_at) * 1000
-            tell("running", None)
+            if tell is not None:
+                tell("running", None)
             first = self._running_of[owner] == 1
             channel = replace(entry.channel, first=first, ended=lambda: self._give_back(entry, owner))
             try:
@@ -292,6 +293,9 @@ class Runs:
         """Of those who may run more, one with the fewest runs under way; of several, the one who waits for longest."""
         if self._running >= self._bounds.running:
             return None
+        idle = next((owner for owner in self._queues if owner not in self._running_of), None)
+        if idle is not None:
+            return idle
         may_run = (owner for owner in self._queues if self._may_run(owner))
         return min(may_run, key=lambda owner: self._running_of[owner], default=None)
 
