@@ -212,7 +212,7 @@ class Image:
 
     def finish(self, lists: Mapping[str, Sequence[Step]], inner: str, extra: bytes = b"") -> None:
         """Begins with the first of the lists. `inner` is the one that the interpreter has carried out at another time,
-        and `extra` is for itself. Raises OSError for a call that this machine does not have.
+        and `extra` is for itself. Raises OSError for a call that this machine does not have, or for too many.
         """
         zero = self.put_number(0)
         self._data.extend(bytes(-len(self._data) % STEP.size))
@@ -231,6 +231,8 @@ class Image:
         packed = [_packed(step, place, starts, holes) for place, step in [(self._address, first), *self._steps.items()]]
         header = HEADER.pack(starts[inner] - self._address, address - self._address, len(extra))
         self.bytes = b"".join([packed[0], header, self._data[DATA_AT:], *packed[1:], extra])
+        if len(self.bytes) > PART:
+            raise OSError(f"a program of system calls has {len(self.bytes)} bytes, and {PART} is the limit")
 
     def failure(self, address: int, error: int) -> str:
         """What a step's error means."""

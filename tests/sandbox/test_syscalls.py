@@ -159,6 +159,11 @@ def test_an_interpreter_finds_what_is_for_it() -> None:
     assert image.bytes[place : place + length] == b"argv"
 
 
+def test_a_program_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(OSError, match=r"has 7\d{4} bytes, and 65536 is the limit"):
+        finished(Image(REQUEST_AT), first=[Step("getpid")], extra=[Step("getpid") for _ in range(1100)])
+
+
 @pytest.mark.parametrize("machine", CODE)
 def test_the_code_is_what_its_words_say(machine: str, tmp_path: Path) -> None:
     """Where an assembler for the machine is installed."""
