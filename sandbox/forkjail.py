@@ -54,17 +54,21 @@ class Child:
     def __init__(self, first: int, itself: int) -> None:
         self.first = first
         self.descriptors = first, itself
+        self._is_closed = False
         self.over: asyncio.Future[End | None] = asyncio.get_running_loop().create_future()
 
     def kill(self) -> None:
         """The kernel ends a pid namespace with its first process."""
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self.first, signal.SIGKILL)
+        if not self._is_closed:  # else the number may be that of another
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.first, signal.SIGKILL)
 
     def close(self, _: object = None) -> None:
         """Closes its descriptors."""
-        for descriptor in self.descriptors:
-            os.close(descriptor)
+        if not self._is_closed:
+            self._is_closed = True
+            for descriptor in self.descriptors:
+                os.close(descriptor)
 
 
 class ForkServer:
@@ -198,8 +202,15 @@ class ForkServer:
                 child.over.set_result(End(seconds + nanoseconds / 1e9, status))
             return
         request, answer = self._asked.popleft()
-        if what == FORKED:
-            self._children[number] = child = Child(*DESCRIPTORS.unpack(ancillary[0][2]))
+        content = ancillary[0][2] if ancillary else b""
+        if what == FORKED and len(content) < DESCRIPTORS.size:
+            for (descriptor,) in struct.iter_unpack("i", content):
+                os.close(descriptor)
+            self.lost()  # and with it the child
+            if not answer.done():
+                answer.set_exception(ForkServerLost("a child's descriptors did not arrive: too many files are open"))
+        elif what == FORKED:
+            self._children[number] = child = Child(*DESCRIPTORS.unpack(content))
             if answer.done():  # it is not wanted any more
                 child.kill()
                 child.over.add_done_callback(child.close)

@@ -9,6 +9,7 @@ Source: the kernel's Documentation/userspace-api/seccomp_filter.rst and linux/se
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import os
 import struct
@@ -20,17 +21,23 @@ NOTICE, ANSWER = struct.Struct("<QI68x"), struct.Struct("<QqiI")
 seccomp_notif_resp."""
 GO_ON = 1
 """SECCOMP_USER_NOTIF_FLAG_CONTINUE."""
-PAUSE_S = 0.001
-"""Between two questions: programs that do nothing but make sockets take at most a twentieth of the server's time."""
+AT_ONCE, PAUSE_S = 256, 0.002
+"""So many sockets in one namespace are let through at once, and then one after each pause: a program that does nothing
+but make sockets is to leave the server its time."""
 
 
 class Network:
-    """A network namespace, as an open file. `is_used`: somebody has made a socket there, or may have."""
+    """A network namespace, as an open file. `is_used`: somebody has made a socket there, or may have.
+
+    `sockets` is how many, and `next_at` when the next may be made (seconds, the loop's clock).
+    """
 
     def __init__(self, file: int) -> None:
         self.file = file
         self.number = os.fstat(file).st_ino
         self.is_used = False
+        self.sockets = 0
+        self.next_at = 0.0
 
 
 class Networks:
@@ -84,28 +91,38 @@ class Networks:
             self.give_back(self._free.pop())
 
     def _asked(self) -> None:
-        """Lets a child make its socket, once its network is known to be used."""
+        """Lets a child make its socket, once its network is known to be used.
+
+        A question is read at once: from then on, a signal does not interrupt the child.
+        """
         assert self._loop is not None
         question = bytearray(NOTICE.size)
         try:
             fcntl.ioctl(self._listener, RECEIVE, question)
-            name, pid = NOTICE.unpack(question)
-            self._use(pid)
-            fcntl.ioctl(self._listener, SEND, ANSWER.pack(name, 0, 0, GO_ON))
         except OSError:  # it has ended meanwhile, and makes none
-            pass
-        self._loop.remove_reader(self._listener)
-        self._loop.call_later(PAUSE_S, self._go_on)
+            return
+        name, pid = NOTICE.unpack(question)
+        network = self._used(pid)
+        if network is None or network.sockets < AT_ONCE:
+            self._let(name)
+        else:
+            network.next_at = max(network.next_at, self._loop.time()) + PAUSE_S
+            self._loop.call_at(network.next_at, self._let, name)
+        if network is not None:
+            network.sockets += 1
 
-    def _go_on(self) -> None:
-        if self._listener >= 0 and self._loop is not None:
-            self._loop.add_reader(self._listener, self._asked)
+    def _let(self, name: int) -> None:
+        if self._listener >= 0:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                fcntl.ioctl(self._listener, SEND, ANSWER.pack(name, 0, 0, GO_ON))
 
-    def _use(self, pid: int) -> None:
+    def _used(self, pid: int) -> Network | None:
+        """The network of a process, which is used from now on. If nobody knows which it is, all are."""
         try:
             network = self._known[os.stat(f"/proc/{pid}/ns/net").st_ino]
-        except (OSError, KeyError):  # nobody knows which it is
+        except (OSError, KeyError):
             for network in self._known.values():
                 network.is_used = True
-            return
+            return None
         network.is_used = True
+        return network

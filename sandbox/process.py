@@ -55,6 +55,7 @@ class Watch:
         self._started: float | None = None
         self._ended: float | None = None
         self._cpu_before = 0.0
+        self._is_left = False
         self._clocks: dict[str, asyncio.TimerHandle] = {}
         self._out = _Reader(pipes.stdout, job.limits.output_bytes, self._printed("stdout"))
         self._err = _Reader(pipes.stderr, job.limits.output_bytes, self._printed("stderr"))
@@ -62,6 +63,8 @@ class Watch:
 
     def started(self, at: float) -> None:
         """The program's first instruction was at `at` (seconds, monotonic clock): from there its time counts."""
+        if self._is_left:
+            return
         self._started = at
         self._cpu_before = self._group.cpu_ms()
         wall_s = at + self._job.limits.wall_ms / 1000 - time.monotonic()
@@ -95,6 +98,8 @@ class Watch:
 
     def end(self, **why: bool) -> None:
         """Ends the run; the first reason stays."""
+        if self._is_left:
+            return
         if not self._over.is_set():
             self._ended = time.monotonic()
             self._facts |= {"signal": "SIGKILL", **why}
@@ -118,6 +123,7 @@ class Watch:
             self._kill()
             raise
         finally:
+            self._is_left = True  # what is heard of it from now on changes nothing: its processes may be others' soon
             cancel.listeners.remove(self._cancelled)
             self._stop_clocks()
             for end in (self._in, self._out, self._err):

@@ -68,15 +68,14 @@ class Slot:
             TimeoutError: it does not answer.
             OSError: it could not do it; the text says why.
         """
+        child = None
         try:
             entrances = self.leaf.entrances()
             async with asyncio.timeout(SETUP_SECONDS):
                 descriptors = [self._far_end.fileno(), self._job, *self._theirs, *entrances]
                 if self.network is not None:
                     descriptors.append(self.network.file)
-                self._child = await self._server.fork(request, descriptors)
-                for descriptor in self._child.descriptors:
-                    self._fds.keep(descriptor)
+                self._child = child = await self._server.fork(request, descriptors)
                 self._far_end.close()
                 self._fds.close(*self._theirs)
                 self._request, self._hears = request, True
@@ -85,12 +84,17 @@ class Slot:
                 self._program = await self._ready
             if self.network is None:
                 self.network = self._server.networks.of(self._program)
+                if self.network is not None and _readable(self._child.descriptors[1]):  # it may be another's
+                    self.network.is_used = True
             if not entrances:
                 self.leaf.add(_pid(self._child.first))
                 self.leaf.add(self._program)
         except OSError:
             if self.network is not None:  # where a child may be
                 self.network.is_used = True
+            if child is not None:
+                child.kill()
+                child.over.add_done_callback(child.close)
             self._close()
             raise
 
@@ -159,6 +163,7 @@ class Slot:
             await self.leaf.release()
         finally:
             self._close()
+            self._child.close()
             self._give_back()
 
     def _heard(self) -> None:
@@ -211,6 +216,7 @@ class Slot:
             self._left_files = self._watch.ended(end.at, **how(end.status)) and self._folder >= 0
 
     def _close(self) -> None:
+        self._hears = False
         asyncio.get_running_loop().remove_reader(self._end)
         self._end.close()
         self._far_end.close()

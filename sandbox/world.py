@@ -48,7 +48,8 @@ CLONE_NEWIPC, CLONE_NEWPID, CLONE_NEWNET = 0x08000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
 SECCOMP_MODE_FILTER, INSTRUCTION_BYTES = 2, 8
-SECCOMP_SET_MODE_FILTER, NEW_LISTENER = 1, 8
+SECCOMP_SET_MODE_FILTER, NEW_LISTENER, WAIT_KILLABLE = 1, 8, 32
+"""With the last, whoever waits for an answer is interrupted only by its end: linux/seccomp.h, since Linux 5.19."""
 CAPABILITY_VERSION_3, NO_RIGHTS_BYTES = 0x20080522, 24
 RLIMIT_NOFILE = 7
 LAST_DESCRIPTOR = 0xFFFFFFFF
@@ -148,7 +149,7 @@ def shared(parent: Parent, filter: bytes, asking: bytes) -> bytes:
             Step("close_range", (poll, LAST_DESCRIPTOR, 0)),
             Step("epoll_create1", (EPOLL_CLOEXEC,)),
             Step("epoll_ctl", (poll, EPOLL_CTL_ADD, CONTROL, one_request), what="keep the lowest descriptors"),
-            Step("seccomp", (SECCOMP_SET_MODE_FILTER, NEW_LISTENER, asks), listener, negative="alone"),
+            Step("seccomp", (SECCOMP_SET_MODE_FILTER, NEW_LISTENER | WAIT_KILLABLE, asks), listener, negative="alone"),
             Step(VALUE, (listener,), rights + DESCRIPTORS_AT),
             Step("sendmsg", (CONTROL, listening, MSG_NOSIGNAL)),
             Step("close_range", (poll + 1, LAST_DESCRIPTOR, 0)),

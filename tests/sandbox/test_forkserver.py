@@ -9,7 +9,9 @@ import itertools
 import os
 import random
 import re
+import struct
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -498,6 +500,58 @@ def test_without_descriptors_a_slot_is_not_made_and_nothing_is_lost(monkeypatch:
                     await engine._make_slot(engine._host, "python", engine._usual)  # type: ignore[arg-type]
             assert count_of_others() == before
             assert sum(server.slots for server in engine._servers["python"]._servers) == 1
+
+    asyncio.run(main())
+
+
+def test_a_child_that_cannot_make_its_world_leaves_nothing() -> None:
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert isinstance(engine, ForkServerEngine)
+            await until(lambda: is_at_rest(engine))
+            before = len(children())
+            for _ in range(8):
+                with pytest.raises(OSError, match="did not start: prlimit64: Operation not permitted"):
+                    await engine._make_slot(engine._host, "python", Limits(open_files=1 << 40))  # type: ignore[arg-type]
+            await until(lambda: len(children()) <= before)
+
+    asyncio.run(main())
+
+
+def test_descriptors_that_do_not_arrive_end_what_they_are_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the server has too many open, and the kernel leaves out what it sends."""
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            assert isinstance(engine, ForkServerEngine)
+            lost = engine._servers["javascript"]._servers[0]
+            with monkeypatch.context() as patch:
+                patch.setattr("sandbox.forkjail.DESCRIPTORS", struct.Struct("<3i"))
+                with pytest.raises(OSError, match="a child's descriptors did not arrive"):
+                    await engine._make_slot(engine._host, "javascript", engine._usual)  # type: ignore[arg-type]
+            assert not lost.is_alive()
+            assert (await run(engine, HELLO["javascript"], "javascript")).stdout == "hello\n"
+
+    asyncio.run(main())
+
+
+def test_a_run_whose_task_is_cancelled_ends_nobody_else() -> None:
+    """At the moment when its program has started and the server has not heard of it."""
+
+    async def main() -> None:
+        async with opened("forkserver") as engine:
+            for _ in range(10):
+                job = Job("python", "import time; time.sleep(60)", limits=Limits(wall_ms=int(1000 * SECOND)))
+                running = asyncio.ensure_future(engine.run(job, Channel()))
+                await asyncio.sleep(0)
+                time.sleep(0.01)
+                running.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await running
+            code = f"import time; time.sleep({2 * SECOND}); print('fine')"
+            assert [one.stdout for one in await asyncio.gather(*(run(engine, code) for _ in range(6)))] == [
+                "fine\n"
+            ] * 6
 
     asyncio.run(main())
 

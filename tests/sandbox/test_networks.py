@@ -10,8 +10,8 @@ import pytest
 
 from sandbox.forkserver import ForkServerEngine
 from sandbox.model import Channel, Job, Language, Limits
-from sandbox.networks import Networks
-from tests.sandbox.test_engines import opened
+from sandbox.networks import Network, Networks
+from tests.conftest import opened, until
 
 AGAIN = 8
 NETWORK: dict[Language, str] = {
@@ -42,6 +42,12 @@ def on_engine(test: Callable[[ForkServerEngine], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
+def kept(engine: ForkServerEngine) -> set[str]:
+    """Those that wait to be used again, or are in use by a slot."""
+    servers = [server for servers in engine._servers.values() for server in servers._servers]
+    return {f"net:[{network.number}]" for server in servers for network in server.networks._known.values()}
+
+
 async def networks(engine: ForkServerEngine, language: Language, count: int = AGAIN) -> list[str]:
     return [(await engine.run(Job(language, NETWORK[language]), Channel())).stdout for _ in range(count)]
 
@@ -57,15 +63,26 @@ def test_one_without_sockets_is_used_again(language: Language) -> None:
 
 
 @pytest.mark.parametrize("name", SOCKETS)
-def test_one_with_sockets_is_not_used_again(name: str) -> None:
+def test_one_with_sockets_is_not_used_again(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: dict[str, bool] = {}
+
+    def note(networks: Networks, network: Network, give_back: Callable[..., None] = Networks.give_back) -> None:
+        given_back[f"net:[{network.number}]"] = network.is_used  # a number may be a new one's when it is free
+        give_back(networks, network)
+
+    monkeypatch.setattr(Networks, "give_back", note)
+
     async def test(engine: ForkServerEngine) -> None:
         language, code = SOCKETS[name]
         printed = {"python": f"{NETWORK['python']}\n", "javascript": f"{NETWORK['javascript']}\n"}[language]
         await networks(engine, language)
+        await until(lambda: not engine._leaving)
+        given_back.clear()
         outcome = await engine.run(Job(language, printed + code), Channel())
-        used = outcome.stdout.splitlines()[0] + "\n"
+        used = outcome.stdout.splitlines()[0]
         assert used.startswith("net:["), outcome
-        assert used not in await networks(engine, language, 2 * AGAIN)
+        await until(lambda: not engine._leaving)
+        assert given_back == {used: True}
 
     on_engine(test)
 
@@ -131,6 +148,48 @@ threading.Event().wait()
     on_engine(test)
 
 
+def test_a_flood_of_sockets_does_not_hold_up_those_of_others() -> None:
+    """Each network has a queue of its own."""
+
+    async def test(engine: ForkServerEngine) -> None:
+        flood = "import os, socket\nfor _ in range(20):\n  if not os.fork(): break\nwhile True: socket.socket().close()"
+        few = "import socket\nfor _ in range(50): socket.socket().close()\nprint('made')"
+        channel = Channel()
+        floods = [asyncio.ensure_future(engine.run(Job("python", flood), channel)) for _ in range(2)]
+        for _ in range(5):
+            assert (await engine.run(Job("python", few), Channel())).stdout == "made\n"
+        assert not any(one.done() for one in floods)
+        channel.cancel.set()
+        await asyncio.gather(*floods)
+
+    on_engine(test)
+
+
+def test_a_signal_does_not_interrupt_one_that_waits_for_its_socket() -> None:
+    async def test(engine: ForkServerEngine) -> None:
+        code = """
+import signal, socket, time
+def make():
+    try:
+        socket.socket().close()
+    except InterruptedError:
+        return 1
+    return 0
+for _ in range(300):
+    make()
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.05, 0.05)
+begin, interrupted = time.monotonic(), 0
+while time.monotonic() < begin + 1:
+    interrupted += make()
+print(interrupted)
+"""
+        outcome = await engine.run(Job("python", code), Channel())
+        assert int(outcome.stdout) <= 2, outcome  # in the moment before the server has read the question
+
+    on_engine(test)
+
+
 def test_a_run_that_is_ended_while_it_asks_ends() -> None:
     async def test(engine: ForkServerEngine) -> None:
         code = "import socket\nprint(1, flush=True)\nwhile True: socket.socket().close()"
@@ -151,8 +210,8 @@ def test_without_a_listener_none_is_used_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("sandbox.world.NEW_LISTENER", 1 << 30)
 
     async def test(engine: ForkServerEngine) -> None:
-        seen = await networks(engine, "python")
-        assert len(set(seen)) == len(seen)
+        await networks(engine, "python")
+        assert not kept(engine)
         outcome = await engine.run(Job("python", "import socket; socket.socket(); print(1)"), Channel())
         assert outcome.stdout == "1\n"
 
@@ -164,12 +223,12 @@ def test_one_that_nobody_knows_makes_all_suspect() -> None:
     known = Networks(listener)
     network = known.of(os.getpid())
     assert network is not None
-    known._use(os.getpid())
+    assert known._used(os.getpid()) is network
     assert network.is_used
     again = Networks(os.dup(other))
     other_network = again.of(os.getpid())
     assert other_network is not None
-    again._use(-1)
+    assert again._used(-1) is None
     assert other_network.is_used
     for networks_, one in ((known, network), (again, other_network)):
         networks_.give_back(one)
