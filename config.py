@@ -64,7 +64,8 @@ class Settings:
         None, "Runs", "a package.json of what javascript programs may import; installed once, at start"
     )
     fork_servers: int = _setting(4, "Runs", "fork servers for python; each has a hash seed of its own", least=1)
-    max_runs: int = _setting(max(2, os.cpu_count() or 2), "Runs", "programs that run at once", least=1)
+    # One more than processors: while a program is handed over or reported, its processor would wait.
+    max_runs: int = _setting(max(2, os.cpu_count() or 2) + 1, "Runs", "programs that run at once", least=1)
     warm: int = _setting(os.cpu_count() or 1, "Runs", "children or jails that wait ready for the next runs", least=0)
     preload: tuple[str, ...] = _setting(
         (), "Runs", "modules that the fork servers for python import ahead; not given: those that programs use most"

@@ -41,7 +41,9 @@ def _default(field: dataclasses.Field[object]) -> str:
     # A document must not depend on the machine that made it.
     if field.name == "cluster_runs_per_worker":
         return "half the processors"
-    return "processors" if field.name in ("max_runs", "max_runs_per_connection", "warm") else shown(field.default)
+    if field.name == "max_runs":
+        return "processors and one"
+    return "processors" if field.name in ("max_runs_per_connection", "warm") else shown(field.default)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
