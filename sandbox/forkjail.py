@@ -29,6 +29,7 @@ from sandbox.world import ENDED, FORKED, LISTENING, TOLD, Parent
 
 log = logging.getLogger(__name__)
 START_SECONDS = 20.0
+END_SECONDS = 1.0
 REPLY_BYTES = 1 << 16
 OWN_LIMITS = Limits(memory_bytes=1 << 30, processes=1 << 14)
 """Of a fork server, with the first process of each run; programs join the groups of their runs before they are any."""
@@ -245,6 +246,9 @@ class ForkServer:
 
     def close(self) -> None:
         """Ends it and with it every process that it ever forked. Blocks."""
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # it ends by itself, sooner than if it is killed
+            self._control.shutdown(socket.SHUT_RDWR)
+            self._process.wait(END_SECONDS)
         self._process.kill()
         asyncio.run(self._leaf.remove())
         self._process.wait()
