@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from time import CLOCK_MONOTONIC
 
-from sandbox.seccomp import number_of
-from sandbox.syscalls import END, JOB_AT, JOB_BYTES, OWN, STEP, VALUE, WORD
+from sandbox.syscalls import END, JOB_AT, JOB_BYTES, STEP, VALUE, WORD, pack
 
 HEADER = struct.Struct("<2i56x")
 """Where what is for the interpreter itself is, counted from the beginning, and its length."""
@@ -24,7 +24,6 @@ AT_FDCWD, CREATE = -100, 0o1 | 0o100 | 0o200
 FOLDER_MODE, FILE_MODE = 0o777, 0o644
 IN_MEMORY_BYTES = 4096
 """Larger contents go from file to file. Of one page, all is written or nothing."""
-CLOCK_MONOTONIC = 1
 
 
 def placed(files: Mapping[str, bytes], report: int, job: int, extra: bytes = b"") -> bytes:
@@ -67,9 +66,7 @@ class _Program:
         return address
 
     def step(self, call: str, *values: int, into: int = 0) -> None:
-        number = OWN[call] if call in OWN else number_of(call)
-        arguments = [value & 0xFFFF_FFFF_FFFF_FFFF for value in values] + [0] * (5 - len(values))
-        self._steps += STEP.pack(number, *arguments, into, STEP.size, 0)
+        self._steps += pack(call, values, into)
 
     def file(self, name: str, content: bytes, job: int) -> None:
         size, is_large = len(content), len(content) > IN_MEMORY_BYTES

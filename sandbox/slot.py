@@ -191,17 +191,16 @@ class Slot:
 
     def _failed(self, text: str) -> None:
         """`text` is an error of the interpreter's, or of a step of what was asked for."""
-        address, error = failed_step(int(text)) if text.isdecimal() else (0, 0)
-        why = (
-            self._request.failure(address, error)
-            if address < JOB_AT
-            else f"cannot write its files: {os.strerror(error)}"
-        )
-        why = why if error else text
+        why = self._why(*failed_step(int(text))) if text.isdecimal() else text
         if not self._ready.done():
             self._ready.set_exception(OSError(f"a fork server's child did not start: {why}"))
         elif self._watch is not None:
             self._watch.failed(why)
+
+    def _why(self, address: int, error: int) -> str:
+        if address >= JOB_AT:
+            return f"cannot write its files: {os.strerror(error)}"
+        return self._request.failure(address, error)
 
     def _ended(self, over: asyncio.Future[End | None]) -> None:
         while self._hears:  # what the child has said before

@@ -143,6 +143,7 @@ JOB_BYTES = 1 << 25
 """More than the names of all files that a job may have; what is not used costs nothing."""
 
 STEP = struct.Struct("<q6Q2i")
+MOST_ARGUMENTS = 5
 HEADER = struct.Struct("<3i52x")
 """Places in the image, in bytes: a list for the interpreter, and what else there is for it; and the length of that."""
 DATA_AT = STEP.size + HEADER.size
@@ -245,11 +246,16 @@ def failed_step(answer: int) -> tuple[int, int]:
     return divmod(answer, 1 << ERRNO_BITS)
 
 
+def pack(call: str, arguments: Sequence[int], into: int = 0, zero: int = STEP.size, negative: int = 0) -> bytes:
+    """A step as the code reads it; the last two say how far to go from it."""
+    number = OWN[call] if call in OWN else number_of(call)
+    values = [argument & 0xFFFF_FFFF_FFFF_FFFF for argument in arguments]
+    return STEP.pack(number, *values, *[0] * (MOST_ARGUMENTS - len(values)), into, zero, negative)
+
+
 def _packed(step: Step, address: int, starts: Mapping[str, int], holes: Mapping[Hole, int]) -> bytes:
-    numbers = [one.value if isinstance(one, Hole) else one for one in step.arguments]
-    values = [number & 0xFFFF_FFFF_FFFF_FFFF for number in numbers]
-    number = OWN[step.call] if step.call in OWN else number_of(step.call)
+    arguments = [one.value if isinstance(one, Hole) else one for one in step.arguments]
     into = holes[step.into] if isinstance(step.into, Hole) else step.into
     zero = starts[step.zero] - address if step.zero else STEP.size
     negative = starts[step.negative] - address if step.negative else 0
-    return STEP.pack(number, *values, *[0] * (5 - len(values)), into, zero, negative)
+    return pack(step.call, arguments, into, zero, negative)

@@ -11,6 +11,8 @@ import signal
 import struct
 from dataclasses import dataclass
 from errno import EAGAIN
+from os import WNOHANG
+from time import CLOCK_MONOTONIC
 
 from sandbox.model import Limits
 from sandbox.placing import PROGRAM_AT
@@ -55,7 +57,7 @@ RLIMIT_NOFILE = 7
 LAST_DESCRIPTOR = 0xFFFFFFFF
 F_GETFD, AT_EMPTY_PATH = 1, 0x1000
 EPOLL_CLOEXEC, EPOLL_CTL_ADD, EPOLLIN, EPOLLONESHOT = 0x80000, 1, 1, 1 << 30
-REAP_MS, FOR_EVER, WNOHANG, CLOCK_MONOTONIC = 100, -1, 1, 1
+REAP_MS, FOR_EVER = 100, -1
 MSG_DONTWAIT, MSG_NOSIGNAL, MSG_CMSG_CLOEXEC = 0x40, 0x4000, 0x40000000
 SOL_SOCKET, SCM_RIGHTS = 1, 1
 MOST_DESCRIPTORS = 16
@@ -114,9 +116,7 @@ def shared(parent: Parent, filter: bytes, asking: bytes) -> bytes:
     instructions = image.put(asking)
     asks = image.put(FILTER.pack(len(asking) // INSTRUCTION_BYTES, instructions))
     told_listening = image.put(TOLD.pack(LISTENING, 0, 0, 0, 0, 0))
-    vector_listening = image.put(VECTOR.pack(told_listening, TOLD.size))
-    rights = image.put(RIGHTS.pack(DESCRIPTORS_AT + DESCRIPTOR_BYTES, SOL_SOCKET, SCM_RIGHTS, 0, 0))
-    listening = image.put(MESSAGE.pack(0, 0, vector_listening, 1, rights, RIGHTS.size, 0))
+    listening, listener_told = _telling(image, told_listening, 1)
 
     def wait(milliseconds: int, negative: str, zero: str = "") -> Step:
         return Step("epoll_pwait", (poll, event, 1, milliseconds, 0), zero=zero, negative=negative)
@@ -150,7 +150,7 @@ def shared(parent: Parent, filter: bytes, asking: bytes) -> bytes:
             Step("epoll_create1", (EPOLL_CLOEXEC,)),
             Step("epoll_ctl", (poll, EPOLL_CTL_ADD, CONTROL, one_request), what="keep the lowest descriptors"),
             Step("seccomp", (SECCOMP_SET_MODE_FILTER, NEW_LISTENER | WAIT_KILLABLE, asks), listener, negative="alone"),
-            Step(VALUE, (listener,), rights + DESCRIPTORS_AT),
+            Step(VALUE, (listener,), listener_told),
             Step("sendmsg", (CONTROL, listening, MSG_NOSIGNAL)),
             Step("close_range", (poll + 1, LAST_DESCRIPTOR, 0)),
             Step(END, (0,)),
@@ -191,18 +191,22 @@ def request(
     return image
 
 
+def _telling(image: Image, told: int, descriptors: int) -> tuple[int, int]:
+    """A message that tells so, with one or two descriptors: its address, and where the first of them has to be put."""
+    vector = image.put(VECTOR.pack(told, TOLD.size))
+    rights = image.put(RIGHTS.pack(DESCRIPTORS_AT + descriptors * DESCRIPTOR_BYTES, SOL_SOCKET, SCM_RIGHTS, 0, 0))
+    return image.put(MESSAGE.pack(0, 0, vector, 1, rights, RIGHTS.size, 0)), rights + DESCRIPTORS_AT
+
+
 def _forked(image: Image, parent: Parent, user: int, first: int, last: int) -> dict[str, list[Step]]:
     """What the fork server does. The new pid namespace's first process shares its memory until it is a program."""
     arguments = image.put(struct.pack("<2Q", image.put(b"init"), 0))
     zero, no_process = image.put_number(0), image.put_number(-EAGAIN)
     failed = image.put(TOLD.pack(FAILED, 0, 0, 0, 0, 0))
     told = image.put(TOLD.pack(FORKED, NOBODY, 0, 0, 0, 0))
-    vector = image.put(VECTOR.pack(told, TOLD.size))
-    rights = image.put(RIGHTS.pack(RIGHTS.size, SOL_SOCKET, SCM_RIGHTS, 0, 0))
-    message = image.put(MESSAGE.pack(0, 0, vector, 1, rights, RIGHTS.size, 0))
+    message, init_descriptor = _telling(image, told, 2)
     its_end = image.put(EVENT.pack(EPOLLIN | EPOLLONESHOT))
     init, program, polled, to_reap = Hole(NOBODY), Hole(), Hole(), Hole()
-    init_descriptor = rights + DESCRIPTORS_AT
 
     def or_fail(call: str, *values: int | Hole, what: str = "") -> Step:
         return Step(call, values, failed + NUMBER_AT, negative="fail", what=what)

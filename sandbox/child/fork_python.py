@@ -144,7 +144,10 @@ def part(address: int, size: int, content: bytes = b"") -> None:
 
 
 def maker(address: int, size: int, code: bytes) -> Callable[[int, Any], int]:
-    """The function that makes the system calls of a program, and forks with another. Its answer is 0 if all is well."""
+    """The function that makes the system calls of a program, and forks with another.
+
+    Its answer is small, or greater than the program's address if a call has failed.
+    """
     part(address, size, code)
     libc.mprotect(address, size, PROT_READ | PROT_EXEC)
     return ctypes.PYFUNCTYPE(ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p)(address)
